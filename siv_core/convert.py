@@ -1,0 +1,161 @@
+"""TOML values into config classes: strict, without coercion, all problems at once, in the user's words."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from collections.abc import Callable
+from typing import Any, Union, get_args, get_origin
+
+import attrs
+import cattrs
+from attrs import NOTHING, frozen
+
+from siv_core.component import Bounds
+from siv_core.errors import near_miss
+
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kM]?)\s+(steps?|epochs?|images?)")
+
+
+@frozen
+class Length:
+    """How long something lasts: `"400 epochs"`, `"30000 steps"`, `"8M images"`."""
+
+    count: float
+    unit: str  # "steps", "epochs" or "images"
+
+    @classmethod
+    def parse(cls, text: str) -> Length:
+        match = _LENGTH.fullmatch(text.strip())
+        if not match:
+            raise ValueError(f"""expected a length such as "400 epochs", "30000 steps" or "8M images", got {text!r}""")
+        number, suffix, unit = match.groups()
+        return cls(float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[suffix], unit.rstrip("s") + "s")
+
+    def __str__(self) -> str:
+        return f"{self.count:.15g} {self.unit}"
+
+    def steps(self, batch: int, epoch_images: int) -> int:
+        """Whole steps, rounded up."""
+        images = {"steps": batch, "epochs": epoch_images, "images": 1}[self.unit] * self.count
+        return math.ceil(images / batch - 1e-9)
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Length: "a length"}
+    if kind in names:
+        return names[kind]
+    if _is_union(kind):
+        return " or ".join(_type_name(member) for member in get_args(kind) if member is not type(None))
+    origin = get_origin(kind)
+    return {tuple: "a list", list: "a list", dict: "a table"}.get(origin, str(kind)) if origin else str(kind)
+
+
+def _mismatch(kind: Any, value: Any) -> ValueError:
+    shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value}"
+    return ValueError(f"expected {_type_name(kind)}, got {shown}")
+
+
+def _scalar(kind: type) -> Callable[[Any, Any], Any]:
+    def structure(value: Any, _: Any) -> Any:
+        if kind is float and type(value) in (int, float):
+            if not math.isfinite(value):
+                raise ValueError(f"expected a finite number, got {value}")
+            return float(value)
+        if type(value) is not kind:
+            raise _mismatch(kind, value)
+        return value
+
+    return structure
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(detailed_validation=True)
+    for kind in (int, float, bool, str):
+        converter.register_structure_hook(kind, _scalar(kind))
+    converter.register_structure_hook(Length, lambda value, _: Length.parse(_scalar(str)(value, str)))
+    converter.register_unstructure_hook(Length, str)
+
+    def union(kind: Any) -> Callable[[Any, Any], Any]:
+        def structure(value: Any, _: Any) -> Any:
+            for member in get_args(kind):
+                container = {dict: dict, tuple: list}.get(get_origin(member))
+                if container is not None and isinstance(value, container):
+                    return converter.structure(value, member)  # the shape fits: its own message is the better one
+            for member in get_args(kind):
+                try:
+                    return converter.structure(value, member)
+                except (ValueError, cattrs.BaseValidationError):
+                    continue
+            raise _mismatch(kind, value)
+
+        return structure
+
+    def container(kind: Any) -> Callable[[Any, Any], Any]:
+        shape = dict if get_origin(kind) is dict else list
+        inner = cattrs.Converter.get_structure_hook(plain, kind)
+
+        def structure(value: Any, _: Any) -> Any:
+            if not isinstance(value, shape):
+                raise _mismatch(kind, value)
+            return inner(value, kind)
+
+        return structure
+
+    plain = converter.copy()
+    for each in (plain, converter):
+        each.register_structure_hook_factory(_is_union, union)
+    converter.register_structure_hook_factory(lambda kind: get_origin(kind) in (tuple, list, dict), container)
+    return converter
+
+
+_CONVERTER = _make_converter()
+
+
+def _lines(error: Exception, where: str) -> list[str]:
+    if isinstance(error, cattrs.BaseValidationError):
+        return cattrs.transform_error(error, path=where, format_exception=lambda e, _: str(e))
+    return [f"{error} @ {where}"]
+
+
+def structure(cls: type, table: dict[str, Any], where: str, problems: list[str]) -> Any:
+    """An instance of the config class `cls`, or None after what is wrong was added to `problems` as "key: reason"."""
+    attrs.resolve_types(cls)
+    before = len(problems)
+    fields = {attribute.name: attribute for attribute in attrs.fields(cls)}
+    for key in table.keys() - fields.keys():
+        problems.append(f"{where}.{key}: unknown key{near_miss(key, fields)}")
+    values = {}
+    for name, attribute in fields.items():
+        if name not in table:
+            if attribute.default is NOTHING:
+                doc = attribute.metadata.get("doc", "")
+                problems.append(f"{where}.{name}: missing ({_type_name(attribute.type)}{': ' + doc if doc else ''})")
+            continue
+        try:
+            values[name] = _CONVERTER.structure(table[name], attribute.type)  # type: ignore[arg-type]
+        except (ValueError, cattrs.BaseValidationError) as error:
+            for line in _lines(error, f"{where}.{name}"):
+                reason, _, place = line.rpartition(" @ ")
+                problems.append(f"{place}: {reason}")
+            continue
+        bounds = attribute.metadata.get("bounds", Bounds())
+        if not bounds.allows(values[name]):
+            problems.append(f"{where}.{name}: must be {bounds}, got {plain(values[name])!r}")
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def plain(value: Any) -> Any:
+    """The same value as JSON types, every default written out."""
+    return _CONVERTER.unstructure(value)

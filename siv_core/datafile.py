@@ -1,0 +1,217 @@
+"""HDF5 files of format 1: written once and whole, read by memory map.
+
+`images` uint8 [N, C, H, W], contiguous and uncompressed; optional `labels` int64 [N], `factors` int64 [N, F] (attribute `names`,
+`sizes`), `split` uint8 [N] (0 train, 1 held out). Attributes: format, source, sha256 (of the image bytes), value_range, complete.
+While a file is made its images grow in `FILE.partial`, and `FILE.partial.json` says how far they are: a killed preparation goes
+on where it stopped, and nothing half-written bears the file's own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from siv_core import files
+from siv_core.errors import UserError
+from siv_core.protocols import Progress
+
+FORMAT = 1
+BUILT_IN_FILTERS = {"gzip", "lzf", "shuffle", "fletcher32", "scaleoffset"}
+
+Block = tuple[int, NDArray[np.uint8]]
+
+
+@frozen(eq=False)
+class Table:
+    """What a data file holds. `images` is memory-mapped: reading it costs what is touched."""
+
+    images: NDArray[np.uint8]  # [N, C, H, W]
+    source: str
+    sha256: str
+    value_range: tuple[float, float] = (0.0, 1.0)
+    labels: NDArray[np.int64] | None = None
+    factors: NDArray[np.int64] | None = None
+    factor_sizes: dict[str, int] | None = None
+    split: NDArray[np.uint8] | None = None
+
+
+def write(
+    path: Path,
+    *,
+    shape: tuple[int, int, int, int],
+    block: int,
+    produce: Callable[[list[int]], Iterator[Block]],
+    progress: Progress,
+    source: str,
+    labels: NDArray[np.int64] | None = None,
+    factors: NDArray[np.int64] | None = None,
+    factor_sizes: dict[str, int] | None = None,
+    split: NDArray[np.uint8] | None = None,
+) -> None:
+    """Make a data file of `shape` [N, C, H, W] from blocks of `block` rows.
+
+    `produce(numbers)` yields (number, uint8 rows) for the block numbers that are still missing, in any order. `source` says what
+    the rows are made from; a partial file of another source starts over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
+    count = -(-shape[0] // block)
+    key = {"format": FORMAT, "source": source, "shape": list(shape), "block": block}
+    done = _journal(journal, key) if partial.exists() and partial.stat().st_size == int(np.prod(shape)) else set()
+    what = f"preparing {path.name}"
+    progress(what, len(done), count)
+    images: NDArray[np.uint8] = np.memmap(partial, np.uint8, "r+" if done else "w+", shape=shape)
+    try:
+        for number, rows in produce([number for number in range(count) if number not in done]):
+            images[number * block : (number + 1) * block] = rows
+            done.add(number)
+            if len(done) % 8 == 0:
+                _note(images, journal, key, done)
+            progress(what, len(done), count)
+    finally:
+        _note(images, journal, key, done)
+    table = Table(images, source, hashlib.sha256(images).hexdigest(), (0.0, 1.0), labels, factors, factor_sizes, split)
+    _write_whole(path, table)
+    partial.unlink()
+    journal.unlink()
+
+
+def _journal(path: Path, key: dict[str, Any]) -> set[int]:
+    try:
+        noted = files.read_json(path)
+    except UserError:
+        return set()
+    return set(noted["done"]) if {name: noted.get(name) for name in key} == key else set()
+
+
+def _note(images: NDArray[np.uint8], journal: Path, key: dict[str, Any], done: set[int]) -> None:
+    """The images first, then that they are there."""
+    if isinstance(images, np.memmap):
+        images.flush()
+    files.write_json(journal, {**key, "done": sorted(done)})
+
+
+def _write_whole(path: Path, table: Table) -> None:
+    import h5py
+
+    temporary = path.with_name(f"{files.TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with h5py.File(temporary, "w") as file:
+            file.create_dataset("images", data=table.images)
+            attributes = {"format": FORMAT, "source": table.source, "sha256": table.sha256, "value_range": table.value_range}
+            file.attrs.update({**attributes, "complete": True})
+            if table.labels is not None:
+                file.create_dataset("labels", data=table.labels)
+            if table.split is not None:
+                file.create_dataset("split", data=table.split)
+            if table.factors is not None and table.factor_sizes is not None:
+                factors = file.create_dataset("factors", data=table.factors)
+                factors.attrs["names"] = list(table.factor_sizes)
+                factors.attrs["sizes"] = list(table.factor_sizes.values())
+        with temporary.open("rb+") as raw:
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+        files.sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Table:
+    """Open a file of format 1. Whatever could lead outside the file, or is not as the format says, is a `UserError`."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT or not file.attrs.get("complete", False):
+                raise UserError(f"{path}: no complete data file of format {FORMAT}; `siv data check {path}` says more")
+            images = own_dataset(file, "images", path)
+            if images.dtype != np.uint8 or images.ndim != 4 or images.chunks is not None or not images.size:
+                raise UserError(f"{path}: images must be uint8 [N, C, H, W], contiguous, not empty; it is {images}")
+            shape, offset = images.shape, images.id.get_offset()
+            arrays = {name: _column(file, name, path, shape[0]) for name in ("labels", "factors", "split")}
+            sizes = _factor_sizes(file, path) if arrays["factors"] is not None else None
+            low, high = (float(value) for value in file.attrs["value_range"])
+            source, sha256 = str(file.attrs["source"]), str(file.attrs["sha256"])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as a data file ({error})") from error
+    # copy-on-write: torch wants writable memory, the file is never written to
+    mapped: NDArray[np.uint8] = np.memmap(path, np.uint8, "c", offset=offset, shape=shape)
+    labels, factors, split = arrays["labels"], arrays["factors"], arrays["split"]
+    return Table(mapped, source, sha256, (low, high), labels, factors, sizes, None if split is None else split.astype(np.uint8))
+
+
+def own_dataset(file: Any, name: str, path: Path) -> Any:
+    """The data set `name` if its bytes lie in this very file: no link, external storage, virtual set or foreign filter."""
+    import h5py
+
+    if name not in file:
+        raise UserError(f"{path}: has no data set '{name}'; it has: {', '.join(file) or 'nothing'}")
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise UserError(f"{path}: '{name}' is a link; only data inside the file itself is read")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise UserError(f"{path}: '{name}' is no data set")
+    if dataset.external or dataset.is_virtual:
+        raise UserError(f"{path}: '{name}' lies in other files; only data inside the file itself is read")
+    foreign = set(filters_of(dataset)) - BUILT_IN_FILTERS
+    if foreign:
+        raise UserError(f"{path}: '{name}' needs the filter {', '.join(sorted(foreign))}; only HDF5's own are used")
+    return dataset
+
+
+def filters_of(dataset: Any) -> list[str]:
+    """Names of the filters its chunks go through."""
+    known = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
+    plist = dataset.id.get_create_plist()
+    codes = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+    return [known.get(code, f"number {code}") for code in codes]
+
+
+def _column(file: Any, name: str, path: Path, n: int) -> NDArray[np.int64] | None:
+    if name not in file:
+        return None
+    values = own_dataset(file, name, path)[()]
+    if not np.issubdtype(values.dtype, np.integer) or len(values) != n or (values < 0).any():
+        raise UserError(f"{path}: '{name}' must be {n} rows of whole numbers from 0 on, as many as there are images")
+    return np.ascontiguousarray(values, dtype=np.int64)
+
+
+def _factor_sizes(file: Any, path: Path) -> dict[str, int]:
+    attributes = file["factors"].attrs
+    names = [name.decode() if isinstance(name, bytes) else str(name) for name in attributes["names"]]
+    sizes = [int(size) for size in attributes["sizes"]]
+    if len(names) != file["factors"].shape[1] or len(sizes) != len(names):
+        raise UserError(f"{path}: the attributes names and sizes of 'factors' do not fit its {file['factors'].shape[1]} columns")
+    return dict(zip(names, sizes, strict=True))
+
+
+def check(path: Path) -> dict[str, Any]:
+    """What is in a data file, after reading every byte of it; a `UserError` when its images are not those that were written."""
+    table = read(path)
+    actual = hashlib.sha256(table.images).hexdigest()
+    if actual != table.sha256:
+        raise UserError(f"{path}: damaged, the images' sha256 is {actual}, the file was written with {table.sha256}")
+    return {
+        "path": str(path),
+        "images": list(table.images.shape),
+        "source": table.source,
+        "sha256": table.sha256,
+        "factors": table.factor_sizes or {},
+        "classes": None if table.labels is None else int(table.labels.max()) + 1,
+        "held_out": None if table.split is None else int(table.split.sum()),
+        "lowest": int(table.images.min()),
+        "highest": int(table.images.max()),
+    }
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")

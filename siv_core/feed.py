@@ -1,0 +1,68 @@
+"""From rows as they are stored to the batches that networks see: conversion happens once, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from siv_core.protocols import Batch, Rows, Spec
+
+HOST_SHARE = 0.3  # of the free memory that data may take to be held there
+
+
+def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Stored rows as floats of the value range in `shape` (the data's own by default): uint8 is scaled, sizes are area means."""
+    low, high = spec.value_range
+    if x.dtype == torch.uint8:
+        x = x.to(torch.float32) * ((high - low) / 255) + low
+    shape = shape or spec.shape
+    if len(shape) == 3 and x.shape[2:] != shape[1:]:
+        x = F.interpolate(x, shape[1:], mode="area")
+    return x
+
+
+def blend(x: Tensor, fade: Tensor) -> Tensor:
+    """What a fading stage shows: fade · x + (1 − fade) · x at half the resolution (Karras et al. 2018, appendix A)."""
+    half = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="nearest")
+    return torch.lerp(half, x, fade)
+
+
+def images(rows: Rows, positions: Tensor, spec: Spec, device: torch.device | str = "cpu") -> Tensor:
+    """The samples at these positions of a split as floats, [n, *spec.shape]."""
+    return to_float(rows.x[rows.at(positions)].to(device), spec)
+
+
+def batches(rows: Rows, spec: Spec, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """A split from its first to its last sample, `size` at a time."""
+    for positions in torch.arange(len(rows)).split(size):
+        yield images(rows, positions, spec, device)
+
+
+class Feed:
+    """The training split, where `residency` puts it; the place never changes a bit of what comes out."""
+
+    def __init__(self, rows: Rows, spec: Spec, device: torch.device, residency: str, *, conditional: bool) -> None:
+        self.rows, self.spec, self.device, self.conditional = rows, spec, device, conditional
+        size = rows.x.numel() * rows.x.element_size()
+        fits = residency == "device" or (residency == "auto" and size <= HOST_SHARE * _free_bytes(device))
+        self.x = rows.x.to(device).clone() if fits else rows.x
+        self.residency = "device" if fits else "host"
+
+    def take(self, positions: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
+        """A batch in `shape`, a size of the stage."""
+        at = self.rows.at(positions)
+        x = self.x[at.to(self.x.device)].to(self.device, non_blocking=True)
+        x = to_float(x, self.spec, shape)
+        labels = self.rows.labels[at].to(self.device) if self.conditional and self.rows.labels is not None else None
+        return Batch(x.contiguous(memory_format=memory_format) if x.ndim == 4 else x, labels)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import os
+
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

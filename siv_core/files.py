@@ -1,0 +1,107 @@
+"""Files that are whole or not there: every write goes to a temporary name, is flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from siv_core.errors import UserError
+
+TEMPORARY = ".siv-tmp-"  # prefix of everything half-written; the next start removes what a killed process left
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` in one step when the block ends well."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; a `UserError` names the file that is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def append_json(path: Path, value: Any) -> None:
+    """One line more at the end of a JSONL file, on disk when this returns."""
+    with path.open("ab") as file:
+        file.write((json.dumps(finite_or_text(value), allow_nan=False) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Every whole line; a last line without its end (a killed writer) is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+
+
+def finite_or_text(value: Any) -> Any:
+    """The same tree with nan and inf spelt as strings, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: finite_or_text(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_text(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's own entries, so that a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def remove_leftovers(folder: Path, remove: Callable[[Path], None]) -> None:
+    """Hand every half-written entry of `folder` to `remove`."""
+    for entry in sorted(folder.glob(TEMPORARY + "*")):
+        remove(entry)
+
+
+def data_root() -> Path:
+    """Where prepared data and weights live: SIV_DATA, else the user's data folder."""
+    chosen = os.environ.get("SIV_DATA")
+    if chosen:
+        return Path(chosen).expanduser()
+    share = os.environ.get("XDG_DATA_HOME")
+    try:
+        return Path(share) / "siv" if share else Path.home() / ".local" / "share" / "siv"
+    except RuntimeError as error:
+        raise UserError("no home folder is known: set SIV_DATA to a folder for data and weights") from error

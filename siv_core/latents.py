@@ -1,0 +1,49 @@
+"""Latent groups: diagonal Gaussians by name, their samples and their KL to the standard normal."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian a row."""
+
+    mu: Tensor  # [N, d]
+    logvar: Tensor  # [N, d], natural log of the variance
+
+
+Posterior = dict[str, Gaussian]  # group -> q(z_group | x)
+Codes = dict[str, Tensor]  # group -> z [N, d]
+
+
+def sample(q: Posterior, noise: Codes) -> Codes:
+    """z = mu + sigma · eps for each group; `noise` is standard normal [N, d]."""
+    return {group: mu + noise[group] * torch.exp(0.5 * logvar) for group, (mu, logvar) in q.items()}
+
+
+def means(q: Posterior) -> Codes:
+    return {group: gaussian.mu for group, gaussian in q.items()}
+
+
+def detach(codes: Codes) -> Codes:
+    return {group: z.detach() for group, z in codes.items()}
+
+
+def detach_posterior(q: Posterior) -> Posterior:
+    return {group: Gaussian(mu.detach(), logvar.detach()) for group, (mu, logvar) in q.items()}
+
+
+def kl_standard(q: Gaussian) -> Tensor:
+    """KL[q ‖ N(0, I)] in nats [N], summed over the latent dimensions (Kingma & Welling 2014, appendix B)."""
+    mu, logvar = q
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(dim=1)
+
+
+def bound_logvar(q: Posterior, bound: float | None) -> Posterior:
+    """Log-variances clamped to ±bound, the only place where that is done; None leaves them free."""
+    if bound is None:
+        return q
+    return {group: Gaussian(mu, logvar.clamp(-bound, bound)) for group, (mu, logvar) in q.items()}

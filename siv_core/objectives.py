@@ -1,0 +1,236 @@
+"""The objectives of the core: a plain VAE and Soft-IntroVAE. Each is data (`Objective`) over pure functions.
+
+Letters: r(a, b) reconstruction loss of b against a, K_g KL of latent group g, s scale, B_r beta_rec, B_k beta_kl, B_n beta_neg,
+g gamma_r, sg stop-gradient, ⟨·⟩ mean over the samples. x data, x_r = D(z) reconstruction, x_p = D(z_p) sample of the prior;
+both are the fakes x_f, and x_ff = D(E(x_f)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from siv_core import latents, losses
+from siv_core.component import Component, PerGroup, option, per_group
+from siv_core.hookspecs import hookimpl
+from siv_core.protocols import Batch, Coeffs, Nets, Noise, Objective, Phase, Sources, Spec, Terms
+from siv_core.seeding import Streams
+
+FAKES = ("rec", "fake")  # x_r and x_p
+
+
+def realise(nets: Nets, *, frozen: bool) -> dict[str, Any]:
+    """The prior of this phase, {group: Distribution}; frozen: no gradient reaches it."""
+    prior: dict[str, Any] = nets["prior"](nets["encoder"])
+    return {group: p.detach() for group, p in prior.items()} if frozen else prior
+
+
+def terms_of(kind: str, rec: Tensor, kl: Mapping[str, Tensor]) -> Terms:
+    """Named per-sample terms: the reconstruction, the KL over all groups and, where there are several, of each."""
+    named = {f"rec_{kind}": rec, f"kl_{kind}": torch.stack(list(kl.values())).sum(dim=0)}
+    if len(kl) > 1:
+        named.update({f"kl_{kind}.{group}": value for group, value in kl.items()})
+    return named
+
+
+def scale_of(scale: float, spec: Spec) -> float:
+    """A recipe's `scale`, where 0 stands for 1/(C·H·W)."""
+    return scale or 1.0 / spec.dims
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# VAE (Kingma & Welling 2014), with the weights of beta-VAE.
+
+
+@frozen
+class VAEConfig:
+    beta_rec: float = option(1.0, doc="weight of the reconstruction loss", ge=0)
+    beta_kl: PerGroup = option(1.0, doc="weight of the KL, for all latent groups or a table", ge=0)
+    scale: float = option(
+        0.0, doc="s, multiplies the whole loss; 0: 1/(C·H·W), so that a warm-up hands over without a jump", ge=0
+    )
+
+
+def vae_loss(nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any]) -> tuple[Tensor, Terms, dict[str, Any]]:
+    """E, D and the prior descend: s⟨ B_r r(x, x_r) + Σ_g B_k K_g(x) ⟩."""
+    x, labels = batch
+    prior = realise(nets, frozen=False)
+    q = nets["encoder"](x, labels)
+    x_r = nets["decoder"](latents.sample(q, noise["posterior"]), labels, noise["decoder"]["real"])
+    rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
+    loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
+    return loss.mean(), terms_of("real", rec, kl), carry
+
+
+def draw_vae(n: int, streams: Streams, sources: Sources) -> Noise:
+    return {
+        "posterior": sources.posterior(n, streams("posterior")),
+        "kl": {"real": sources.kl(n, streams("kl.real"))},
+        "decoder": {"real": sources.decoder(n, streams("decoder.real"))},
+    }
+
+
+def build_vae(config: VAEConfig, spec: Spec, groups: dict[str, int]) -> Objective:
+    return Objective(
+        phases=(Phase("vae", ("encoder", "decoder", "prior"), vae_loss),),
+        draw=draw_vae,
+        coeffs={
+            "scale": scale_of(config.scale, spec),
+            "beta_rec": config.beta_rec,
+            "beta_kl": per_group(config.beta_kl, groups),
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Soft-IntroVAE (Daniel & Tamar 2021, arXiv:2012.13253), Algorithm 2.
+
+
+@frozen
+class SoftIntroVAEConfig:
+    beta_rec: float = option(1.0, doc="B_r, weight of the reconstruction loss", ge=0)
+    beta_kl: PerGroup = option(1.0, doc="B_k, weight of the KL of data (encoder) and of fakes (decoder), or a table", ge=0)
+    beta_neg: PerGroup = option(
+        256.0, doc="B_n, weight of the KL inside the exponential: the repulsion of fakes, or a table", ge=0
+    )
+    gamma_r: float = option(1e-8, doc="g, weight of the fakes' reconstruction in the decoder's loss", ge=0)
+    alpha: float = option(2.0, doc="of the exponential ELBO (equation 4)", gt=0)
+    gamma: float = option(1.0, doc="weight of the fakes' ELBO in the decoder's loss (equation 4)", ge=0)
+    scale: float = option(0.0, doc="s, multiplies every ELBO; 0: 1/(C·H·W)", ge=0)
+    stop_gradient: str = option(
+        "official",
+        doc="official: as the published code; paper: as Algorithm 2 says; full: no gradient into or through fakes' targets",
+        choices=("official", "paper", "full"),
+    )
+    share_noise: bool = option(True, doc="both phases use the same prior noise and the same posterior sample")
+
+
+def re_encode(
+    nets: Nets, prior: Mapping[str, Any], x_f: Tensor, labels: Tensor | None, noise: Noise, *, sg_code: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """{group: K_g(x_f)} and x_ff = D(z_f), with z_f ~ E(x_f)."""
+    q = nets["encoder"](x_f, labels)
+    z_f = latents.sample(q, noise["codes"])
+    x_ff = nets["decoder"](latents.detach(z_f) if sg_code else z_f, labels, noise["decoder"])
+    return losses.kl(q, prior, noise["kl"]), x_ff
+
+
+def soft_encoder_loss(
+    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, stop_gradient: str
+) -> tuple[Tensor, Terms, dict[str, Any]]:
+    """E descends: s⟨ B_r r(x, x_r) + Σ_g B_k K_g(x) ⟩ + 1/(2α) Σ_f ⟨ exp(−α s [ B_r r(x_f, x_ff) + Σ_g B_n K_g(x_f) ]) ⟩.
+
+    E's inputs x_f are detached but for "paper"; the target x_r is detached only by "full" (x_p does not depend on E).
+    """
+    x, labels = batch
+    prior = realise(nets, frozen=True)
+    q = nets["encoder"](x, labels)
+    z = latents.sample(q, noise["posterior"])
+    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
+    with torch.no_grad():  # neither the prior nor the decoder moves in this phase
+        z_p = {group: p.sample(noise["prior"][group], labels) for group, p in prior.items()}
+        x_p = nets["decoder"](z_p, labels, noise["decoder"]["prior"])
+    rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
+    loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
+    terms = terms_of("real", rec, kl)
+    for name, x_f in zip(FAKES, (x_r, x_p), strict=True):
+        x_in = x_f if stop_gradient == "paper" else x_f.detach()
+        target = x_f.detach() if stop_gradient == "full" else x_f
+        kl_f, x_ff = re_encode(nets, prior, x_in, labels, noise["encoder_phase"][name], sg_code=False)
+        rec_f = nets["reconstruction"](target, x_ff)
+        exp_elbo = torch.exp(-c["alpha"] * c["scale"] * (c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_neg"])))
+        loss = loss + exp_elbo / (len(FAKES) * c["alpha"])
+        terms.update({**terms_of(name, rec_f, kl_f), f"exp_elbo_{name}": exp_elbo})
+    return loss.mean(), terms, {"z": latents.detach(z), "z_p": z_p}
+
+
+def soft_decoder_loss(
+    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, stop_gradient: str, share_noise: bool
+) -> tuple[Tensor, Terms, dict[str, Any]]:
+    """D descends: s⟨ B_r r(x, x_r) + γ/2 Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, x_ff) ) ⟩, with E as it is after its update.
+
+    r(x_f, x_ff) is r(sg x_f, D(sg z_f)), but for "paper" r(x_f, sg D(z_f)).
+    """
+    x, labels = batch
+    prior = realise(nets, frozen=True)
+    if share_noise:
+        z, z_p = carry["z"], carry["z_p"]
+    else:
+        z = latents.detach(latents.sample(nets["encoder"](x, labels), noise["posterior_again"]))
+        z_p = {group: p.sample(noise["prior_again"][group], labels) for group, p in prior.items()}
+    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
+    x_p = nets["decoder"](z_p, labels, noise["decoder"]["prior"])
+    rec = nets["reconstruction"](x, x_r)
+    loss = c["beta_rec"] * rec
+    terms: Terms = {"rec_real": rec}
+    paper = stop_gradient == "paper"
+    for name, x_f in zip(FAKES, (x_r, x_p), strict=True):
+        kl_f, x_ff = re_encode(nets, prior, x_f, labels, noise["decoder_phase"][name], sg_code=not paper)
+        rec_f = nets["reconstruction"](x_f, x_ff.detach()) if paper else nets["reconstruction"](x_f.detach(), x_ff)
+        fake = losses.weighted(kl_f, c["beta_kl"]) + c["gamma_r"] * c["beta_rec"] * rec_f
+        loss = loss + c["gamma"] / len(FAKES) * fake
+        terms.update(terms_of(name, rec_f, kl_f))
+    return (c["scale"] * loss).mean(), terms, carry
+
+
+def draw_soft(n: int, streams: Streams, sources: Sources, *, share_noise: bool) -> Noise:
+    """Every random number of a step of both phases."""
+
+    def re_encoding(phase: str, fake: str) -> Noise:
+        name = f"{phase}.{fake}"
+        return {
+            "codes": sources.posterior(n, streams(f"codes.{name}")),
+            "kl": sources.kl(n, streams(f"kl.{name}")),
+            "decoder": sources.decoder(n, streams(f"decoder.{name}")),
+        }
+
+    noise = {
+        "posterior": sources.posterior(n, streams("posterior")),
+        "prior": sources.prior(n, streams("prior")),
+        "kl": {"real": sources.kl(n, streams("kl.real"))},
+        "decoder": {name: sources.decoder(n, streams(f"decoder.{name}")) for name in ("real", "prior")},
+        "encoder_phase": {fake: re_encoding("encoder_phase", fake) for fake in FAKES},
+        "decoder_phase": {fake: re_encoding("decoder_phase", fake) for fake in FAKES},
+    }
+    if not share_noise:
+        noise["posterior_again"] = sources.posterior(n, streams("posterior_again"))
+        noise["prior_again"] = sources.prior(n, streams("prior_again"))
+    return noise
+
+
+def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[str, int]) -> Objective:
+    encoder_loss = partial(soft_encoder_loss, stop_gradient=config.stop_gradient)
+    decoder_loss = partial(soft_decoder_loss, stop_gradient=config.stop_gradient, share_noise=config.share_noise)
+    return Objective(
+        phases=(Phase("encoder", ("encoder",), encoder_loss), Phase("decoder", ("decoder",), decoder_loss)),
+        draw=partial(draw_soft, share_noise=config.share_noise),
+        coeffs={
+            "scale": scale_of(config.scale, spec),
+            "alpha": config.alpha,
+            "gamma": config.gamma,
+            "gamma_r": config.gamma_r,
+            "beta_rec": config.beta_rec,
+            "beta_kl": per_group(config.beta_kl, groups),
+            "beta_neg": per_group(config.beta_neg, groups),
+        },
+    )
+
+
+@hookimpl
+def siv_components() -> list[Component]:
+    return [
+        Component("objective", "vae", VAEConfig, build_vae, "a VAE, also as the warm-up stage of another", "arXiv:1312.6114"),
+        Component(
+            "objective",
+            "soft_intro_vae",
+            SoftIntroVAEConfig,
+            build_soft_intro_vae,
+            "the encoder tells real from generated by a soft exponential of the ELBO (Algorithm 2)",
+            "arXiv:2012.13253",
+        ),
+    ]

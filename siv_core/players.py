@@ -1,0 +1,175 @@
+"""Players: the modules of a game with their optimisers, as data; shadows: copies of players that follow them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from siv_core import latents
+from siv_core.latents import Codes, Gaussian, Posterior
+from siv_core.protocols import Nets, Shadow, Sources
+from siv_core.seeding import normal
+
+
+class Priors(nn.Module):
+    """The priors of all latent groups as one player."""
+
+    def __init__(self, priors: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.groups = nn.ModuleDict(priors)
+
+    def forward(self, encode: Callable[[Tensor], Posterior]) -> dict[str, Any]:
+        """{group: Distribution} of this phase."""
+
+        def of(group: str) -> Callable[[Tensor], Gaussian]:
+            return lambda x: encode(x)[group]
+
+        return {group: prior.realise(of(group)) for group, prior in self.groups.items()}
+
+
+@define
+class Player:
+    """A module that learns. `parameters` may be empty (a fixed prior); then there is no optimiser."""
+
+    name: str
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Adam | None
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> Player:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return cls(name, module, parameters, torch.optim.Adam(parameters, fused=True) if parameters else None)
+
+    def configure(self, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        if self.optimiser:
+            self.optimiser.param_groups[0].update(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def reset_optimiser(self) -> None:
+        if self.optimiser:
+            self.optimiser.state.clear()
+
+    def step(self, gradients: list[Tensor | None]) -> None:
+        """One Adam step along these gradients; a parameter without one stays as it is."""
+        if self.optimiser:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+
+
+@define
+class Follower:
+    """A shadow at work."""
+
+    rule: Shadow
+    module: nn.Module
+
+    @classmethod
+    def of(cls, rule: Shadow, player: Player) -> Follower:
+        return cls(rule, copy.deepcopy(player.module).requires_grad_(False))
+
+    @property
+    def key(self) -> str:
+        return f"{self.rule.of}@{self.rule.name}"
+
+    @torch.no_grad()
+    def follow(self, source: nn.Module, images_before: int, images_now: int) -> None:
+        """Called after every step: an average moves by 1 − ½^(images/half-life), a copy at each of its marks."""
+        if self.rule.copy_every_images is not None:
+            if images_now // self.rule.copy_every_images > images_before // self.rule.copy_every_images:
+                self.module.load_state_dict(source.state_dict())
+        elif self.rule.half_life_images is not None:
+            weight = 1 - 0.5 ** ((images_now - images_before) / self.rule.half_life_images)
+            pairs = list(zip(self.module.parameters(), source.parameters(), strict=True))
+            if pairs:
+                torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], weight)
+            for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
+                mine.copy_(theirs)
+
+
+def make_nets(
+    modules: Mapping[str, Callable[..., Any]],
+    reconstruction: Callable[[Tensor, Tensor], Tensor],
+    logvar_bound: float | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Nets:
+    """What objectives call. Networks run under `autocast`; what they return, and all loss arithmetic, is at least float32.
+
+    `modules` holds "encoder", "decoder", "prior" and shadows ("decoder@target"); they may be functional calls.
+    """
+
+    def encoder(module: Callable[..., Any]) -> Callable[..., Posterior]:
+        def encode(x: Tensor, labels: Tensor | None = None) -> Posterior:
+            with autocast():
+                q = module(x) if labels is None else module(x, labels)
+            return latents.bound_logvar({group: Gaussian(*map(_widen, g)) for group, g in q.items()}, logvar_bound)
+
+        return encode
+
+    def decoder(module: Callable[..., Any]) -> Callable[..., Tensor]:
+        def decode(codes: Codes, labels: Tensor | None = None, noise: Any = None) -> Tensor:
+            with autocast():
+                return _widen(module(codes, **_given(labels=labels, noise=noise)))
+
+        return decode
+
+    wrap = {"encoder": encoder, "decoder": decoder}
+    nets = {name: wrap.get(name.partition("@")[0], lambda module: module)(module) for name, module in modules.items()}
+    return {**nets, "reconstruction": reconstruction}
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sources(groups: Mapping[str, int], priors: Priors, decoder: nn.Module) -> Sources:
+    """Where the noise of a step comes from, by the players' own `draw`s where they have some."""
+
+    def prior(n: int, generator: torch.Generator) -> dict[str, Any]:
+        draws: dict[str, Any] = {}
+        for group, module in priors.groups.items():
+            draw = getattr(module, "draw", None)
+            draws[group] = draw(n, generator) if draw else normal(n, groups[group], generator)
+        return draws
+
+    def posterior(n: int, generator: torch.Generator) -> Codes:
+        return {group: normal(n, dim, generator) for group, dim in groups.items()}
+
+    def kl(n: int, generator: torch.Generator) -> dict[str, Any]:
+        sampled = {group: module for group, module in priors.groups.items() if hasattr(module, "draw_kl")}
+        return {group: module.draw_kl(n, generator) for group, module in sampled.items()}
+
+    def decoder_noise(n: int, generator: torch.Generator) -> Any:
+        return decoder.draw(n, generator) if hasattr(decoder, "draw") else None
+
+    return Sources(prior, posterior, kl, decoder_noise)
+
+
+def rows_of(tree: Any, rows: slice) -> Any:
+    """The same tree of tensors with only these rows of each."""
+    if isinstance(tree, Tensor):
+        return tree[rows]
+    if isinstance(tree, dict):
+        return {key: rows_of(value, rows) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        items = [rows_of(value, rows) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    return tree
+
+
+def slices(rows: slice, micro_batch: int) -> Iterator[slice]:
+    """`rows` cut into pieces of at most `micro_batch` (0: one piece)."""
+    step = micro_batch or (rows.stop - rows.start)
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))

@@ -1,0 +1,145 @@
+"""The run directory: everything a run did, readable without siv. docs/run_directories.md lists the files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from siv_core import files
+from siv_core.errors import UserError
+
+FORMAT = 1
+JSONL = ("stats", "metrics")
+
+
+@frozen
+class RunDir:
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> RunDir:
+        """A new numbered directory `root/00012-name`; never one that exists."""
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            taken = [int(match[1]) for path in root.iterdir() if (match := re.match(r"(\d{5})-", path.name))]
+            path = root / f"{max(taken, default=-1) + 1:05d}-{name}"
+            try:
+                path.mkdir()
+            except FileExistsError:  # another process was faster
+                continue
+            return cls(path)._furnish()
+
+    @classmethod
+    def at(cls, path: Path) -> RunDir:
+        """The directory the user named: made when it is not there, else it must be empty or a run."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is no folder")
+        if path.exists() and any(path.iterdir()) and not (path / "resolved.json").exists():
+            raise UserError(f"{path}: holds files that are no siv run; name an empty or a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path)._furnish()
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDir:
+        """A directory with a run in it."""
+        if not (path / "resolved.json").is_file():
+            raise UserError(f"{path}: no run here (it has no resolved.json)")
+        run = cls(path)
+        if run.resolved().get("format") != FORMAT:
+            raise UserError(f"{path}: made by another siv (format {run.resolved().get('format')!r}); this one reads {FORMAT}")
+        return run
+
+    def _furnish(self) -> RunDir:
+        (self.path / "images").mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        return self
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    def resolved(self) -> dict[str, Any]:
+        return dict(files.read_json(self.path / "resolved.json"))
+
+    def manifest(self) -> dict[str, Any]:
+        return dict(files.read_json(self.path / "manifest.json"))
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        files.write_json(self.path / f"{name}.json", {"format": FORMAT, **value})
+
+    def status(self, state: str, **more: Any) -> None:
+        """`state`: running, stopped, finished, diverged or failed."""
+        self.write("status", {"state": state, "time": _now(), **more})
+
+    def state(self) -> str:
+        path = self.path / "status.json"
+        return str(files.read_json(path)["state"]) if path.exists() else "new"
+
+    def log(self, line: str) -> None:
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} {line}\n")
+
+    def append(self, name: str, value: dict[str, Any]) -> None:
+        """A line of stats.jsonl or metrics.jsonl; the first line of each file gives its format."""
+        path = self.path / f"{name}.jsonl"
+        if not path.exists():
+            files.append_json(path, {"format": FORMAT})
+        files.append_json(path, value)
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in files.read_jsonl(self.path / f"{name}.jsonl") if "format" not in line]
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes of the JSONL files, for a checkpoint."""
+        paths = {name: self.path / f"{name}.jsonl" for name in JSONL}
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
+
+    def cut(self, offsets: dict[str, int]) -> None:
+        """Take back the JSONL lines written after a checkpoint, and whatever a killed process left half-written."""
+        for name in JSONL:
+            path = self.path / f"{name}.jsonl"
+            if path.exists():
+                os.truncate(path, min(offsets.get(name, 0), path.stat().st_size))
+                if path.stat().st_size == 0:
+                    path.unlink()
+        for folder in (self.path, self.images, self.checkpoints):
+            for leftover in folder.glob(files.TEMPORARY + "*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out; the lock goes with the process, however it ends."""
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self.path}: another process is working on this run") from error
+            yield
+
+
+def unfinished(root: Path, resolved: dict[str, Any]) -> list[Path]:
+    """Runs under `root` of the same resolved recipe that did not come to their end."""
+    found = []
+    for path in sorted(root.glob("*/resolved.json")) if root.is_dir() else []:
+        run = RunDir(path.parent)
+        with contextlib.suppress(UserError, KeyError):
+            if run.resolved() == resolved and run.state() not in ("finished",):
+                found.append(path.parent)
+    return found
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,72 @@
+"""All randomness: named streams, each seeded by a fixed mix of integers, so that no state has to be stored.
+
+A step's noise depends on (seed, stream, step) and on nothing else: not on what ran before, on the rank, or on how a batch
+is cut into micro-batches. torch's CPU generator ignores the upper 32 bits of a seed, hence the 32-bit mix.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def mix32(*words: int) -> int:
+    """A 32-bit integer from any number of non-negative integers, each taken as two 32-bit halves (MurmurHash3's mixing)."""
+    h = 0x9747B28C
+    for word in words:
+        for half in (word & _MASK, (word >> 32) & _MASK):
+            k = (half * 0xCC9E2D51) & _MASK
+            k = ((k << 15 | k >> 17) * 0x1B873593) & _MASK
+            h ^= k
+            h = ((h << 13 | h >> 19) * 5 + 0xE6546B64) & _MASK
+    h ^= 8 * len(words)
+    h = ((h ^ h >> 16) * 0x85EBCA6B) & _MASK
+    h = ((h ^ h >> 13) * 0xC2B2AE35) & _MASK
+    return h ^ h >> 16
+
+
+def stream_seed(seed: int, stream: str, step: int = 0) -> int:
+    """The 32-bit seed of one stream at one step."""
+    return mix32(seed, zlib.crc32(stream.encode()), step)
+
+
+class Streams:
+    """Generators of one step: `streams("prior")` starts afresh at each call with the same name."""
+
+    def __init__(self, seed: int, step: int, device: torch.device | str = "cpu") -> None:
+        self.seed, self.step, self.device = seed, step, torch.device(device)
+
+    def __call__(self, stream: str) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        generator.manual_seed(stream_seed(self.seed, stream, self.step))
+        return generator
+
+
+def normal(n: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Standard normal noise [n, dim] on the generator's device."""
+    return torch.randn(n, dim, generator=generator, device=generator.device)
+
+
+class DataOrder:
+    """One endless sequence of seeded permutations of `size` rows, without short batches: an epoch is `size` images of it."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Row numbers [count] (int64, CPU) of the images `start … start + count − 1` of the sequence."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.size)
+            if epoch != self._epoch:
+                generator = Streams(self.seed, epoch)("order")
+                self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+            part = self._permutation[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)
