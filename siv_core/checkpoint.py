@@ -109,8 +109,8 @@ def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer | None
     """`parameter/moment` -> tensor."""
     if optimiser is None:
         return {}
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    return {f"{names[p]}/{key}": value for p, moments in optimiser.state.items() for key, value in moments.items()}
+    known = [(name, optimiser.state.get(parameter, {})) for name, parameter in module.named_parameters()]
+    return {f"{name}/{key}": value for name, moments in known for key, value in moments.items()}
 
 
 def restore_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer | None, tensors: dict[str, Tensor]) -> None:

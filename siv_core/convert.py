@@ -15,6 +15,7 @@ from attrs import NOTHING, frozen
 from siv_core.component import Bounds
 from siv_core.errors import near_miss
 
+CONTAINERS: tuple[Any, ...] = (tuple, list, dict)
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kM]?)\s+(steps?|epochs?|images?)")
 
 
@@ -97,8 +98,8 @@ def _make_converter() -> cattrs.Converter:
         return structure
 
     def container(kind: Any) -> Callable[[Any, Any], Any]:
-        shape = dict if get_origin(kind) is dict else list
-        inner = cattrs.Converter.get_structure_hook(plain, kind)
+        shape: type = dict if get_origin(kind) is dict else list
+        inner = loose.get_structure_hook(kind)
 
         def structure(value: Any, _: Any) -> Any:
             if not isinstance(value, shape):
@@ -107,13 +108,14 @@ def _make_converter() -> cattrs.Converter:
 
         return structure
 
-    plain = converter.copy()
-    for each in (plain, converter):
+    loose = converter.copy()  # cattrs's own containers, which take a string for a list
+    for each in (loose, converter):
         each.register_structure_hook_factory(_is_union, union)
-    converter.register_structure_hook_factory(lambda kind: get_origin(kind) in (tuple, list, dict), container)
+    converter.register_structure_hook_factory(lambda kind: get_origin(kind) in CONTAINERS, container)
     return converter
 
 
+_FACTORY = type(attrs.Factory(dict))
 _CONVERTER = _make_converter()
 
 
@@ -138,7 +140,7 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
                 problems.append(f"{where}.{name}: missing ({_type_name(attribute.type)}{': ' + doc if doc else ''})")
             continue
         try:
-            values[name] = _CONVERTER.structure(table[name], attribute.type)  # type: ignore[arg-type]
+            values[name] = _CONVERTER.structure(table[name], attribute.type)
         except (ValueError, cattrs.BaseValidationError) as error:
             for line in _lines(error, f"{where}.{name}"):
                 reason, _, place = line.rpartition(" @ ")
@@ -159,3 +161,23 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
 def plain(value: Any) -> Any:
     """The same value as JSON types, every default written out."""
     return _CONVERTER.unstructure(value)
+
+
+def describe(cls: type) -> list[dict[str, Any]]:
+    """The options of a config class, for people."""
+    attrs.resolve_types(cls)
+    rows = []
+    for attribute in attrs.fields(cls):
+        default: Any = attribute.default
+        if isinstance(default, _FACTORY):
+            default = default.factory()
+        rows.append(
+            {
+                "option": attribute.name,
+                "type": _type_name(attribute.type),
+                "default": "required" if default is NOTHING else plain(default),
+                "bounds": str(attribute.metadata.get("bounds", "")),
+                "meaning": attribute.metadata.get("doc", ""),
+            }
+        )
+    return rows

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from siv_core import files
 from siv_core.errors import UserError
-from siv_core.protocols import Progress
+from siv_core.protocols import Progress, Rows
 
 FORMAT = 1
 BUILT_IN_FILTERS = {"gzip", "lzf", "shuffle", "fletcher32", "scaleoffset"}
@@ -78,7 +78,7 @@ def write(
             progress(what, len(done), count)
     finally:
         _note(images, journal, key, done)
-    table = Table(images, source, hashlib.sha256(images).hexdigest(), (0.0, 1.0), labels, factors, factor_sizes, split)
+    table = Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split)
     _write_whole(path, table)
     partial.unlink()
     journal.unlink()
@@ -148,6 +148,23 @@ def read(path: Path) -> Table:
     return Table(mapped, source, sha256, (low, high), labels, factors, sizes, None if split is None else split.astype(np.uint8))
 
 
+def rows_by_group(table: Table, group: NDArray[np.int64], held_out: int, seed: int, split: str) -> Rows:
+    """A split of rows where whole groups (the values of `group` [N]) are held out: `held_out` of them, by a seeded choice.
+
+    The choice depends on the values, the number and the seed alone, so that it is the same for every size of the images.
+    """
+    import torch
+
+    values = np.unique(group)
+    if not 0 < held_out < len(values):
+        raise UserError(f"{held_out} of {len(values)} groups cannot be held out: at least one must stay on either side")
+    chosen = np.random.Generator(np.random.PCG64(seed)).choice(values, held_out, replace=False)
+    inside = np.isin(group, chosen)
+    index = np.flatnonzero({"train": ~inside, "held_out": inside}[split])
+    labels, factors = (None if array is None else torch.from_numpy(array) for array in (table.labels, table.factors))
+    return Rows(torch.from_numpy(table.images), labels, factors, torch.from_numpy(index))
+
+
 def own_dataset(file: Any, name: str, path: Path) -> Any:
     """The data set `name` if its bytes lie in this very file: no link, external storage, virtual set or foreign filter."""
     import h5py
@@ -196,7 +213,7 @@ def _factor_sizes(file: Any, path: Path) -> dict[str, int]:
 def check(path: Path) -> dict[str, Any]:
     """What is in a data file, after reading every byte of it; a `UserError` when its images are not those that were written."""
     table = read(path)
-    actual = hashlib.sha256(table.images).hexdigest()
+    actual = _sha256(table.images)
     if actual != table.sha256:
         raise UserError(f"{path}: damaged, the images' sha256 is {actual}, the file was written with {table.sha256}")
     return {
@@ -210,6 +227,10 @@ def check(path: Path) -> dict[str, Any]:
         "lowest": int(table.images.min()),
         "highest": int(table.images.max()),
     }
+
+
+def _sha256(images: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(images.data).hexdigest()
 
 
 def slug(text: str) -> str:

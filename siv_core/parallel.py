@@ -57,5 +57,4 @@ def start(device: torch.device) -> Parallel:
         return Parallel()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    control = dist.new_group(backend="gloo")
-    return Parallel(dist.get_rank(), world, control)
+    return Parallel(dist.get_rank(), world, dist.new_group(backend="gloo"))  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ class Priors(nn.Module):
         def of(group: str) -> Callable[[Tensor], Gaussian]:
             return lambda x: encode(x)[group]
 
-        return {group: prior.realise(of(group)) for group, prior in self.groups.items()}
+        priors: dict[str, Any] = dict(self.groups.items())  # nn.Module knows nothing of `realise`
+        return {group: prior.realise(of(group)) for group, prior in priors.items()}
 
 
 @define
@@ -137,21 +138,19 @@ def sources(groups: Mapping[str, int], priors: Priors, decoder: nn.Module) -> So
     """Where the noise of a step comes from, by the players' own `draw`s where they have some."""
 
     def prior(n: int, generator: torch.Generator) -> dict[str, Any]:
-        draws: dict[str, Any] = {}
-        for group, module in priors.groups.items():
-            draw = getattr(module, "draw", None)
-            draws[group] = draw(n, generator) if draw else normal(n, groups[group], generator)
-        return draws
+        draws = {group: getattr(module, "draw", None) for group, module in priors.groups.items()}
+        return {group: draw(n, generator) if draw else normal(n, groups[group], generator) for group, draw in draws.items()}
 
     def posterior(n: int, generator: torch.Generator) -> Codes:
         return {group: normal(n, dim, generator) for group, dim in groups.items()}
 
     def kl(n: int, generator: torch.Generator) -> dict[str, Any]:
-        sampled = {group: module for group, module in priors.groups.items() if hasattr(module, "draw_kl")}
-        return {group: module.draw_kl(n, generator) for group, module in sampled.items()}
+        draws = {group: getattr(module, "draw_kl", None) for group, module in priors.groups.items()}
+        return {group: draw(n, generator) for group, draw in draws.items() if draw}
 
     def decoder_noise(n: int, generator: torch.Generator) -> Any:
-        return decoder.draw(n, generator) if hasattr(decoder, "draw") else None
+        draw = getattr(decoder, "draw", None)
+        return draw(n, generator) if draw else None
 
     return Sources(prior, posterior, kl, decoder_noise)
 

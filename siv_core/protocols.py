@@ -34,6 +34,7 @@ class Spec:
     value_range: tuple[float, float] = (0.0, 1.0)
     classes: int | None = None  # number of label values, None without labels
     factors: Mapping[str, int] = field(factory=dict)  # factor name -> number of values; for metrics only
+    conditional: bool = False  # whether the networks are given labels (`train.conditional`)
 
     @property
     def dims(self) -> int:
@@ -152,12 +153,8 @@ class Sources(NamedTuple):
     decoder: Callable[[int, torch.Generator], Any]
 
 
-class PhaseLoss(Protocol):
-    """A pure function of its arguments: (mean loss 0-dim, per-sample terms, detached carry for the next phase)."""
-
-    def __call__(
-        self, nets: Nets, batch: Batch, noise: Noise, coeffs: Coeffs, carry: dict[str, Any]
-    ) -> tuple[Tensor, Terms, dict[str, Any]]: ...
+# (nets, batch, noise, coeffs, carry) -> (mean loss 0-dim, per-sample terms, detached carry for the next phase): a pure function
+PhaseLoss = Callable[[Nets, Batch, Noise, Coeffs, dict[str, Any]], "tuple[Tensor, Terms, dict[str, Any]]"]
 
 
 class Phase(NamedTuple):

@@ -208,6 +208,11 @@ def parse(
     return evolve(recipe, profiles=chosen, automatic_profile=automatic, sets=sets)
 
 
+def renamed(recipe: Recipe, name: str) -> Recipe:
+    """The same recipe under the name it was first read by."""
+    return evolve(recipe, name=name)
+
+
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, as the module's head says; neither is changed."""
     merged = copy.deepcopy(base)
@@ -218,6 +223,18 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = copy.deepcopy(value)
     return merged
+
+
+def dataset_choice(catalogue: Catalogue, name: str, sets: tuple[str, ...]) -> Choice:
+    """A data set outside a recipe, from its name and `KEY=VALUE` options."""
+    table: dict[str, Any] = {"name": name}
+    for setting in sets:
+        table = merge(table, _set(setting))
+    problems: list[str] = []
+    choice = _Reader(catalogue, problems).choice("dataset", table, "data")
+    if choice is None:
+        raise UserError(problems)
+    return choice
 
 
 def _read(path: Path) -> bytes:

@@ -70,10 +70,13 @@ class Stats:
         return result
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON for a checkpoint between two ticks."""
-        return dict(self.sums), {"names": self.names, "steps": self.steps}
+        """Tensors and JSON for a checkpoint between two ticks: the sums of all processes, which have to ask together."""
+        sums = {phase: vector.clone() for phase, vector in self.sums.items()}
+        self.parallel.sum_(list(sums.values()))
+        return sums, {"names": self.names, "steps": self.steps}
 
     def restore(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """What `state` gave; the main process goes on with all of it, the others from zero."""
         self.names, self.steps = data["names"], data["steps"]
-        self.sums = dict(tensors)
+        self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in tensors.items()}
         self.bad_step = {phase: torch.full_like(sums, -1, dtype=torch.int64) for phase, sums in tensors.items()}

@@ -1,0 +1,299 @@
+"""Content transfer: decode the class code of one held-out image with the content code of another; the true image is known.
+
+Target (class a, content w), class source (a, w' ≠ w), content source (a' ≠ a, w). a is one factor of the data, w all the others.
+The papers that print such numbers (LORD, Soft-IntroVAE §6.4) do not say how they drew pairs; this drawing is siv's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from attrs import frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from siv_core import feed, files, latents
+from siv_core.component import Component, option
+from siv_core.errors import UserError
+from siv_core.hookspecs import hookimpl
+from siv_core.latents import Codes
+from siv_core.model import Model
+from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
+from siv_core.seeding import stream_seed
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (image, truth), both [N, C, H, W] in [0, 1] -> [N]
+Ints = NDArray[np.int64]
+
+WHAT = "content transfer"
+BASELINES = ("copy_class", "copy_content", "mean_image")
+LEAST_MSE = 1e-10  # keeps the PSNR of equal images finite, at 100 dB
+SSIM_WINDOW, SSIM_SIGMA, SSIM_K = 11, 1.5, (0.01, 0.03)
+LPIPS_PIXELS = 1 << 16  # of the images compared at once: VGG's feature maps take about 2 kB a pixel
+
+
+@frozen
+class ContentTransferConfig:
+    class_factor: str = option("model", doc="the factor of the data that the class code stands for; the others are the content")
+    pairs: int = option(5, doc="source pairs drawn for every held-out image", ge=1)
+    seed: int = option(0, doc="of the drawing of pairs", ge=0)
+    batch: int = option(128, doc="images in memory at once", ge=1)
+    lpips: tuple[str, ...] = option(("alex", "vgg"), doc="backbones of LPIPS v0.1; [] leaves it out", choices=("alex", "vgg"))
+
+
+def positions_by(values: Ints) -> dict[int, Ints]:
+    order = np.argsort(values, kind="stable")
+    keys, starts = np.unique(values[order], return_index=True)
+    return dict(zip(keys.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: list[str]) -> tuple[Ints, Ints]:
+    """Positions [T, pairs] of class and content sources: each uniform among the images that qualify, with replacement."""
+    uniform = np.random.Generator(np.random.PCG64(seed)).random((len(classes), 2, pairs))
+    sources = np.empty((len(classes), 2, pairs), dtype=np.int64)
+    of_class, of_content = positions_by(classes), positions_by(contents)
+    for target, (a, w) in enumerate(zip(classes.tolist(), contents.tolist(), strict=True)):
+        same_class, same_content = of_class[a], of_content[w]
+        among = (same_class[contents[same_class] != w], same_content[classes[same_content] != a])
+        for side, what in enumerate(("its class and other content", "its content and another class")):
+            if not len(among[side]):
+                where = f"held-out image {target} ({names[target]})"
+                raise UserError(f"{WHAT}: {where} has no source: no other held-out image has {what}")
+            sources[target, side] = among[side][(uniform[target, side] * len(among[side])).astype(np.int64)]
+    return sources[:, 0], sources[:, 1]
+
+
+def mse(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().flatten(1).mean(dim=1)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    return -10 * torch.log10(mse(x, y).clamp_min(LEAST_MSE))
+
+
+def _windows(size: int, like: Tensor) -> Tensor:
+    """[size - 10, size]: each row a window. On a CPU two small matrix products are several times faster than a convolution."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=like.dtype, device=like.device) - SSIM_WINDOW // 2
+    weights = torch.softmax(-offsets.square() / (2 * SSIM_SIGMA**2), dim=0)
+    matrix = like.new_zeros(size - SSIM_WINDOW + 1, size)
+    for row in range(len(matrix)):
+        matrix[row, row : row + SSIM_WINDOW] = weights
+    return matrix
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004, equation 13) [N]: mean over channels and every whole window; data range 1."""
+    down, across = _windows(x.shape[2], x), _windows(x.shape[3], x).T
+    mu_x, mu_y, xx, yy, xy = (down @ image @ across for image in (x, y, x * x, y * y, x * y))
+    c1, c2 = (k**2 for k in SSIM_K)
+    luminance = (2 * mu_x * mu_y + c1) / (mu_x.square() + mu_y.square() + c1)
+    structure = (2 * (xy - mu_x * mu_y) + c2) / (xx - mu_x.square() + yy - mu_y.square() + c2)
+    return (luminance * structure).flatten(1).mean(dim=1)
+
+
+class Backbone(NamedTuple):
+    trunk: str  # torchvision's file: the first 8 digits of its sha256 stand before the suffix
+    heads: str  # sha256 of the linear heads v0.1 that come with the package lpips
+    smallest: int  # pixels a side below which a pooling layer has nothing left
+
+
+BACKBONES = {
+    "alex": Backbone("alexnet-owt-7be5be79.pth", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", 31),
+    "vgg": Backbone("vgg16-397923af.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 16),
+}
+
+
+def _read(path: Path, begins: str, remedy: str) -> tuple[bytes, str]:
+    """A file's bytes and their sha256, which must begin like this."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if not sha256.startswith(begins):
+        raise UserError(f"{path}: damaged, its sha256 {sha256} does not begin with {begins}; {remedy}")
+    return data, sha256
+
+
+def read_weights(backbone: str) -> tuple[tuple[bytes, str], tuple[bytes, str]]:
+    """Trunk and heads, each as bytes with their sha256."""
+    trunk, heads, _ = BACKBONES[backbone]
+    path = files.data_root() / "weights" / trunk
+    bundled = importlib.metadata.distribution("lpips").locate_file(f"lpips/weights/v0.1/{backbone}.pth")
+    return (
+        _read(path, path.stem.rpartition("-")[2], f"download https://download.pytorch.org/models/{trunk} into {path.parent}"),
+        _read(Path(str(bundled)), heads, "pip install --force-reinstall --no-deps lpips==0.1.4"),
+    )
+
+
+def lpips_distance(backbone: str, device: torch.device) -> tuple[Distance, dict[str, str]]:
+    """LPIPS v0.1 (Zhang et al. 2018) with weights checked on the very bytes that are loaded, and what identifies it."""
+    (trunk, trunk_sha256), (heads, heads_sha256) = read_weights(backbone)
+    with warnings.catch_warnings():
+        # lpips 0.1.4, its last release, asks torchvision for an untrained trunk by an argument that was renamed in 0.13
+        warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)
+        warnings.filterwarnings("ignore", "Arguments other than a weight enum", UserWarning)
+        import lpips
+
+        # on "meta" nothing is initialised: no random number is used up, and VGG's 500 MB classifier is never made
+        with torch.device("meta"):
+            net = lpips.LPIPS(net=backbone, version="0.1", pretrained=False, pnet_rand=True, verbose=False)
+    its, state = (torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in (trunk, heads))
+    state.update({f"net.{name}": its["features." + name.partition(".")[2]] for name in net.net.state_dict()})
+    net.load_state_dict(state, strict=False, assign=True)  # not strict: lpips has its heads under two names each
+    net.to(device).eval()
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        size = max(1, LPIPS_PIXELS // (x.shape[2] * x.shape[3]))
+        pairs = zip(*((2 * image.expand(-1, 3, -1, -1) - 1).split(size) for image in (x, y)), strict=True)
+        return torch.cat([net(a, b).flatten() for a, b in pairs])
+
+    about = {"package": importlib.metadata.version("lpips"), "version": "0.1", "input": "[-1, 1], grey repeated to 3 channels"}
+    return distance, {**about, "trunk_sha256": trunk_sha256, "heads_sha256": heads_sha256}
+
+
+@frozen
+class ContentTransfer:
+    spec: Spec
+    translate: tuple[str, str]
+    config: ContentTransferConfig
+
+    def needs(self) -> Iterable[str]:
+        problems = []
+        for backbone in self.config.lpips:
+            try:
+                read_weights(backbone)
+            except UserError as error:
+                problems.append(f"{WHAT} without lpips_{backbone}: {error}")
+        return problems
+
+    @torch.no_grad()
+    def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
+        rows, train = data.rows("held_out"), data.rows("train")
+        sources = self._sources(rows)
+        distances, skipped, identity = self._distances(model.device)
+        codes = self._encode(model, rows, progress)
+        mean = self._mean(train, progress).to(model.device)
+        targets = torch.arange(len(rows)).repeat_interleave(self.config.pairs)
+        found: dict[str, list[Tensor]] = defaultdict(list)
+
+        def stored(positions: Tensor) -> Tensor:
+            return self._unit(feed.images(rows, positions, self.spec, model.device))
+
+        def compare(variant: str, image: Tensor, truth: Tensor, done: int) -> None:
+            for name, distance in distances.items():
+                progress(WHAT, done, len(targets) + len(rows))
+                found[name + variant].append(distance(image, truth).double().cpu())
+
+        for at in torch.arange(len(targets)).split(self.config.batch):
+            done, truth = int(at[0]), stored(targets[at])
+            class_at, content_at = (source[at] for source in sources)
+            chosen = zip(self.translate, (class_at, content_at), strict=True)
+            mixed = {group: codes[group][source.to(model.device)] for group, source in chosen}
+            # the seed matters only to a decoder with noise of its own: no two batches share it
+            seed = stream_seed(self.config.seed, "content_transfer", done)
+            compare("", self._unit(model.decode(mixed, seed=seed)), truth, done)
+            compare(".copy_class", stored(class_at), truth, done)
+            compare(".copy_content", stored(content_at), truth, done)
+        for at in torch.arange(len(rows)).split(self.config.batch):
+            truth = stored(at)
+            compare(".mean_image", mean.expand_as(truth), truth, len(targets) + int(at[0]))
+        means = {name: float(torch.cat(parts).mean()) for name, parts in found.items()}
+        return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train), identity))
+
+    def _sources(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        if rows.factors is None or not len(rows):
+            raise UserError(f"{WHAT}: the held-out split is empty or without factors")
+        factors = rows.factors[rows.at(torch.arange(len(rows)))].numpy()
+        names = [", ".join(f"{name} {value}" for name, value in zip(self.spec.factors, row, strict=True)) for row in factors]
+        column = list(self.spec.factors).index(self.config.class_factor)
+        sizes = [size for name, size in self.spec.factors.items() if name != self.config.class_factor]
+        contents = np.ravel_multi_index(tuple(np.delete(factors, column, axis=1).T), sizes)
+        sources = draw_sources(factors[:, column], contents, self.config.pairs, self.config.seed, names)
+        return torch.from_numpy(sources[0].flatten()), torch.from_numpy(sources[1].flatten())
+
+    def _distances(self, device: torch.device) -> tuple[dict[str, Distance], dict[str, str], dict[str, Any]]:
+        """What can be computed, why the rest cannot, and which LPIPS it is."""
+        distances: dict[str, Distance] = {"mse": mse, "psnr": psnr, "ssim": ssim}
+        skipped, identity = {}, {}
+        channels, side = self.spec.shape[0], min(self.spec.shape[1:])
+        if side < SSIM_WINDOW:
+            skipped["ssim"] = f"images of {side} pixels are smaller than its window of {SSIM_WINDOW}"
+            del distances["ssim"]
+        for backbone in self.config.lpips:
+            name, smallest = f"lpips_{backbone}", BACKBONES[backbone].smallest
+            if channels not in (1, 3) or side < smallest:
+                skipped[name] = f"takes grey or RGB images of at least {smallest} pixels, not {channels} channels of {side}"
+                continue
+            try:
+                distances[name], identity[name] = lpips_distance(backbone, device)
+            except UserError as error:
+                skipped[name] = str(error)
+        return distances, skipped, identity
+
+    def _encode(self, model: Model, rows: Rows, progress: Progress) -> Codes:
+        parts: list[Codes] = []
+        for x in feed.batches(rows, self.spec, self.config.batch, model.device):
+            progress(f"{WHAT}: encoding", len(parts) * self.config.batch, len(rows))
+            parts.append(latents.means(model.encode(x)))
+        return {group: torch.cat([part[group] for part in parts]) for group in self.translate}
+
+    def _mean(self, train: Rows, progress: Progress) -> Tensor:
+        total = torch.zeros(self.spec.shape, dtype=torch.float64)
+        for number, x in enumerate(feed.batches(train, self.spec, self.config.batch)):
+            progress(f"{WHAT}: mean image", number * self.config.batch, len(train))
+            total += x.double().sum(dim=0)
+        return self._unit((total / len(train)).float())
+
+    def _unit(self, x: Tensor) -> Tensor:
+        low, high = self.spec.value_range
+        return ((x - low) / (high - low)).clamp(0, 1)
+
+    def _protocol(self, targets: int, train: int, identity: dict[str, Any]) -> dict[str, Any]:
+        others = [name for name in self.spec.factors if name != self.config.class_factor]
+        return {
+            "split": "held_out",
+            "pairs": {"targets": targets, "each": self.config.pairs, "seed": self.config.seed, "batch": self.config.batch},
+            "drawing": "numpy PCG64; sources uniform in the split, with replacement, of the same class and other content or reverse",
+            "class": {"factors": [self.config.class_factor], "group": self.translate[0], "code": "posterior mean"},
+            "content": {"factors": others, "group": self.translate[1], "code": "posterior mean"},
+            "images": {"shape": list(self.spec.shape), "value_range": list(self.spec.value_range)},
+            "compared": "scaled to [0, 1], the decoder's clamped to it; mse is a mean over C·H·W; average of each image's values",
+            "psnr": {"peak": 1, "least_mse": LEAST_MSE},
+            "ssim": {"window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k": list(SSIM_K), "data_range": 1, "padding": "valid"},
+            "lpips": identity,
+            "mean_image": {"split": "train", "images": train},
+        }
+
+
+def _values(means: dict[str, float]) -> dict[str, float | str]:
+    """With mse.ratio, mse over that of the best baseline: below 1 the model does better than copying."""
+    best = min(means[f"mse.{baseline}"] for baseline in BASELINES)
+    ratio = {"mse.ratio": means["mse"] / best if best > 0 else "a baseline is already perfect"}
+    broken = "the decoder's images are not finite"
+    return {name: broken if value != value else value for name, value in {**means, **ratio}.items()}
+
+
+def build(config: ContentTransferConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:
+    if translate is None:
+        raise UserError("metric content_transfer: needs a network with a class and a content group, such as adain")
+    if spec.kind != "image":
+        raise UserError(f"metric content_transfer: needs images, the data's kind is {spec.kind}")
+    if config.class_factor not in spec.factors or len(spec.factors) < 2:
+        known = ", ".join(spec.factors) or "none"
+        raise UserError(f"metric content_transfer: class_factor: needs '{config.class_factor}' and one more; factors: {known}")
+    return ContentTransfer(spec, translate, config)
+
+
+@hookimpl
+def siv_components() -> list[Component]:
+    summary = "exchange codes between held-out images, compare with the true ones: MSE, PSNR, SSIM, LPIPS, beside three baselines"
+    return [Component("metric", "content_transfer", ContentTransferConfig, build, summary, "arXiv:2012.13253")]

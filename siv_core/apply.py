@@ -1,0 +1,106 @@
+"""A trained model put to use: each function writes a picture and arrays, and says which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from siv_core import evaluate, feed, files, pictures
+from siv_core.errors import UserError, near_miss
+from siv_core.model import Model
+from siv_core.protocols import Dataset
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def sample(model: Model, folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """`count` images of the prior."""
+    x = model.sample(count, seed)
+    columns = max(1, round(count**0.5))
+    return _write(folder, "samples", model, {"samples": x}, lambda: _grid(model, x, columns), [])
+
+
+def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path], seed: int) -> dict[str, Any]:
+    """Reconstructions of the user's pictures or, without any, of held-out images."""
+    if paths:
+        x, notes = evaluate.own_images(expand(paths), model)
+    else:
+        chosen = evaluate.some(data, "held_out", 4 * evaluate.SHOWN, seed)
+        x, notes = feed.images(data.rows("held_out"), chosen, model.spec), ["held-out images of the run's data"]
+    y = model.reconstruct(x)
+    return _write(folder, "reconstructions", model, {"x": x, "y": y}, lambda: evaluate.reconstructions(model, x), notes)
+
+
+def taken(take: Sequence[str], model: Model) -> dict[str, list[Path]]:
+    """{group: paths} from `GROUP=FILE,FILE` of the command line."""
+    given: dict[str, list[Path]] = {}
+    for text in take:
+        group, sign, listed = text.partition("=")
+        if not sign or not listed:
+            raise UserError(f"--take {text}: expected GROUP=FILES, such as class=a.png,b.png")
+        if model.translate and group not in model.translate:
+            raise UserError(f"--take {group}: no such group{near_miss(group, model.translate)}")
+        given.setdefault(group, []).extend(expand([Path(part) for part in listed.split(",")]))
+    return given
+
+
+def translate(
+    model: Model, data: Dataset, folder: Path, given: Mapping[str, Sequence[Path]], count: int, seed: int
+) -> dict[str, Any]:
+    """The matrix of class and content images; held-out ones stand in for what is not given."""
+    if model.translate is None:
+        raise UserError(
+            f"this model has the latent groups {', '.join(model.groups)}: translating takes a class and a content group,"
+            " such as those of the network 'adain'"
+        )
+    sides: list[Tensor] = []
+    notes: list[str] = []
+    held_out = evaluate.held_out_pairs(data, model, count, seed) if len(given) < 2 else ()
+    for i, group in enumerate(model.translate):
+        if group in given:
+            x, changed = evaluate.own_images(given[group], model)
+            notes += changed
+        else:
+            x = held_out[i]
+            notes.append(f"{group}: {len(x)} held-out images of the run's data")
+        sides.append(x)
+    made = evaluate.translation(model, *sides)
+    arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0]), -1))}
+    return _write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders as the pictures in them by name."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES)
+            if not inside:
+                raise UserError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def _grid(model: Model, x: Tensor, columns: int) -> pictures.Picture:
+    return pictures.grid(pictures.to_uint8(x, model.spec.value_range), columns)
+
+
+def _write(folder: Path, name: str, model: Model, arrays: Mapping[str, Tensor], draw: Any, notes: list[str]) -> dict[str, Any]:
+    """NAME.safetensors with the arrays and, for images, NAME.png; a name that is taken gets a number, nothing is overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, number = name, 1
+    while any((folder / f"{stem}{suffix}").exists() for suffix in (".safetensors", ".png")):
+        number += 1
+        stem = f"{name}-{number}"
+    written = [folder / f"{stem}.safetensors"]
+    files.write_bytes(written[0], save({key: value.detach().cpu().contiguous() for key, value in arrays.items()}))
+    if model.spec.kind == "image":
+        written.append(folder / f"{stem}.png")
+        pictures.save_png(written[1], draw())
+    return {"files": [str(path) for path in written], "notes": notes, "model": model.name}

@@ -1,0 +1,142 @@
+"""A recipe's names become objects: the only place where that happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from attrs import define
+from torch import Tensor, nn
+
+from siv_core.catalogue import Catalogue
+from siv_core.errors import UserError, near_miss
+from siv_core.model import Model
+from siv_core.players import Priors
+from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
+from siv_core.recipe import Choice, Recipe, StagePlan
+from siv_core.seeding import stream_seed
+
+PLAYERS = ("encoder", "decoder", "prior")
+
+
+@define
+class Built:
+    """What a recipe asks for, on the CPU, with the weights of the seed."""
+
+    recipe: Recipe
+    catalogue: Catalogue
+    dataset: Dataset
+    spec: Spec
+    networks: Networks
+    priors: Priors
+    reconstruction: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {"encoder": self.networks.encoder, "decoder": self.networks.decoder, "prior": self.priors}
+
+    def objective(self, plan: StagePlan) -> Objective:
+        built: Objective = self._build(plan.objective, self.spec, self.networks.groups)
+        problems = [
+            f"objective.{name}: the groups are {', '.join(self.networks.groups)}, got {', '.join(value) or 'none'}"
+            for name, value in built.coeffs.items()
+            if isinstance(value, dict) and value.keys() != self.networks.groups.keys()
+        ]
+        unknown = {player for phase in built.phases for player in phase.updates} - set(PLAYERS)
+        problems += [f"objective {plan.objective.name}: there is no player '{player}'" for player in sorted(unknown)]
+        micro = self.recipe.train.micro_batch
+        if built.batch_statistic and 0 < micro < plan.batch:
+            problems.append(f"train.micro_batch: the loss of {plan.objective.name} is no mean over samples and cannot be cut")
+        if problems:
+            raise UserError(problems)
+        return built
+
+    def metrics(self) -> dict[str, Metric]:
+        groups, translate = self.networks.groups, self.networks.translate
+        chosen = self.recipe.metrics
+        return {name: self._build(choice, self.spec, groups, translate) for name, choice in chosen.items()}
+
+    def shape(self, plan: StagePlan) -> tuple[int, ...]:
+        """Of a sample in this stage: the data's own, or square images of the stage's `data.size`."""
+        return self.spec.shape if plan.size is None else (self.spec.shape[0], plan.size, plan.size)
+
+    def model(self, device: torch.device, name: str = "") -> Model:
+        return Model(
+            encoder=self.networks.encoder.to(device),
+            decoder=self.networks.decoder.to(device),
+            priors=self.priors.to(device),
+            spec=self.spec,
+            groups=self.networks.groups,
+            translate=self.networks.translate,
+            device=device,
+            logvar_bound=self.recipe.train.logvar_bound or None,
+            name=name,
+        )
+
+    def _build(self, choice: Choice, *arguments: Any) -> Any:
+        return component(self.catalogue, choice, *arguments)
+
+
+def component(catalogue: Catalogue, choice: Choice, *arguments: Any) -> Any:
+    """What a component builds; an error of its plugin is told with the plugin's name."""
+    try:
+        return catalogue.get(choice.kind, choice.name).build(choice.config, *arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        owner = catalogue.owner(choice.kind, choice.name)
+        error.add_note(f"while building {choice.kind} '{choice.name}' of {owner}")
+        raise
+
+
+def dataset(recipe: Recipe, catalogue: Catalogue) -> Dataset:
+    """The data set, which may not be at hand yet."""
+    built: Dataset = component(catalogue, recipe.data)
+    return built
+
+
+def build(recipe: Recipe, catalogue: Catalogue, data: Dataset) -> Built:
+    """Networks, priors and losses for this data; weights are not needed yet. Leaves the global random state as it was."""
+    spec = attrs.evolve(data.spec, conditional=recipe.train.conditional)
+    if spec.conditional and not spec.classes:
+        raise UserError(f"train.conditional: data '{recipe.data.name}' has no labels")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(recipe.train.seed, "init"))
+        networks = _networks(recipe, catalogue, spec)
+        priors = _priors(recipe, catalogue, networks.groups, spec)
+        reconstruction = component(catalogue, recipe.reconstruction, spec)
+    players = [player for plan in recipe.stages for player in plan.optim if player and player not in PLAYERS]
+    if players:
+        raise UserError(f"optim.{player}: no such player{near_miss(player, PLAYERS)}" for player in dict.fromkeys(players))
+    return Built(recipe, catalogue, data, spec, networks, priors, reconstruction)
+
+
+def _networks(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> Networks:
+    built: list[Networks] = [component(catalogue, choice, spec) for choice in recipe.network]
+    if len(built) == 1:
+        return built[0]
+    encoder, decoder = built
+    if encoder.groups != decoder.groups:
+        raise UserError(f"network: the encoder's groups {encoder.groups} are not the decoder's {decoder.groups}")
+    return decoder._replace(encoder=encoder.encoder)
+
+
+def _priors(recipe: Recipe, catalogue: Catalogue, groups: dict[str, int], spec: Spec) -> Priors:
+    unknown = [group for group in recipe.prior if group and group not in groups]
+    if unknown:
+        raise UserError(f"prior.{group}: the network has no such group{near_miss(group, groups)}" for group in unknown)
+    choices = {group: recipe.prior.get(group, recipe.prior.get("")) for group in groups}
+    return Priors({group: component(catalogue, choice, groups[group], spec) for group, choice in choices.items() if choice})
+
+
+def missing(built: Built) -> list[str]:
+    """What has to be at hand before training, and is not: a line each."""
+    loss_missing = getattr(built.reconstruction, "missing", lambda: None)()
+    return [line for line in (built.dataset.missing(), loss_missing) if line]
+
+
+def size_of(module: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

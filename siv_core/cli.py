@@ -1,0 +1,431 @@
+"""The command line. Commands parse, call and print; torch is imported inside those that need it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from siv_core.errors import SivError, UserError
+
+if TYPE_CHECKING:
+    from siv_core.console import Screen
+
+PATH = click.Path(path_type=Path)
+Command = Callable[..., Any]
+
+
+def main() -> None:
+    """`siv`: told failures become lines and an exit code, bugs keep their traceback."""
+    try:
+        cli.main(prog_name="siv", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except UserError as error:
+        for line in error.problems:
+            click.echo(f"error: {line}", err=True)
+        sys.exit(error.exit_code)
+    except SivError as error:
+        click.echo(f"error: {error}" if error.exit_code < 128 else str(error), err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def screen(as_json: bool = False) -> Screen:
+    """The console of a command that works for a while; it listens to signals from here on."""
+    from siv_core.console import Screen
+
+    made = Screen(stderr=as_json)
+    made.listen()
+    return made
+
+
+def print_json(value: Any) -> None:
+    from siv_core.files import finite_or_text
+
+    click.echo(json.dumps(finite_or_text(value), indent=2, allow_nan=False))
+
+
+def options(*added: Command) -> Command:
+    """Several click options as one decorator."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(added):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on standard output, progress on standard error."
+)
+recipe_options = options(
+    click.argument("recipe", type=PATH),
+    click.option(
+        "--profile", "profiles", multiple=True, help="Apply a profile of the recipe; `none` turns the automatic one off."
+    ),
+    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value, such as train.batch=8."),
+)
+model_options = options(
+    click.argument("run", type=PATH),
+    click.option("--checkpoint", default="last", show_default=True, metavar="STEP|last", help="Which checkpoint."),
+    click.option("--weights", type=click.Choice(["raw", "ema"]), default="raw", show_default=True, help="Which of its weights."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+)
+out_options = options(
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."),
+    click.option("--out", type=PATH, help="Folder for the results; default: RUN/outputs."),
+    json_option,
+)
+
+
+def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """90s, 8m, 2h or 1h30m as seconds."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    if not match or not any(match.groups()):
+        raise click.BadParameter("expected a time such as 8m, 90s or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60 * minutes + rest
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="siv")
+def cli() -> None:
+    """Train, measure and use introspective variational autoencoders."""
+
+
+@cli.command()
+@options(
+    click.argument("recipe", type=PATH, required=False),
+    click.option(
+        "--profile", "profiles", multiple=True, help="Apply a profile of the recipe; `none` turns the automatic one off."
+    ),
+    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value, such as train.batch=8."),
+    click.option("--run-dir", type=PATH, help="The run directory; one with this recipe's run in it is continued."),
+    click.option("--resume", "resumed", type=PATH, metavar="RUN", help="Go on with this run where it stopped."),
+    click.option("--max-time", callback=seconds, metavar="8m", help="Stop after the step in hand, with a checkpoint."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+    click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop."),
+    json_option,
+)
+def run(
+    recipe: Path | None,
+    profiles: tuple[str, ...],
+    sets: tuple[str, ...],
+    run_dir: Path | None,
+    resumed: Path | None,
+    max_time: float | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train RECIPE, then measure and draw the result."""
+    if (recipe is None) == (resumed is None):
+        raise click.UsageError("give a RECIPE, or --resume RUN")
+    if resumed and (profiles or run_dir or dry_run):
+        raise click.UsageError("--resume takes recipe and profiles from the run; only --set, --max-time and --device go with it")
+    watcher = screen(as_json)
+    from siv_core import catalogue, session
+    from siv_core import recipe as recipes
+
+    if dry_run and recipe:
+        read = recipes.load(recipe, catalogue.load(), profiles, sets, cpu_only=not session.nvidia_present())
+        print_json(read.resolved())
+        return
+    more = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
+    if resumed:
+        done = session.resume(resumed, **more)
+    elif recipe:
+        done = session.run(recipe, profiles=profiles, run_dir=run_dir, **more)
+    metrics = done.metrics() if done.state == "finished" else []
+    if as_json:
+        print_json({"run": str(done.path), "state": done.state, "metrics": metrics})
+    elif metrics:
+        show_metrics(watcher, metrics)
+
+
+@cli.command()
+@recipe_options
+@json_option
+def check(recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
+    """Say what RECIPE would do: parameters, operations a step, and what is not at hand. Trains nothing."""
+    watcher = screen(as_json)
+    from siv_core import catalogue, inspect, session
+    from siv_core import recipe as recipes
+
+    known = catalogue.load()
+    report = inspect.check(recipes.load(recipe, known, profiles, sets, cpu_only=not session.nvidia_present()), known)
+    if as_json:
+        print_json(report)
+        return
+    watcher.say(f"data {report['data']}")
+    for player, parts in report.get("parameters", {}).items():
+        watcher.say(f"{player}: {parts['all']:,} parameters")
+        for part, count in parts.items():
+            if part != "all":
+                watcher.say(f"  {part}: {count:,}")
+    for stage in report.get("stages", []):
+        watcher.say(
+            f"{stage['objective']}: {stage['length']}, batch {stage['batch']}, {stage['flops_per_step'] / 1e9:,.2f} GFLOP a step"
+        )
+    for line in report["not_at_hand"] or ["nothing: everything is at hand"]:
+        watcher.say(f"not at hand here: {line}")
+
+
+@cli.command("list-plugins")
+@click.option("--kind", help="Only components of this kind.")
+@json_option
+def list_plugins(kind: str | None, as_json: bool) -> None:
+    """List the plugins, their components, and those that cannot be used."""
+    from siv_core import catalogue
+    from siv_core.component import KINDS
+    from siv_core.console import Screen
+    from siv_core.errors import near_miss
+
+    if kind and kind not in KINDS:
+        raise UserError(f"--kind {kind}: no such kind{near_miss(kind, KINDS)}")
+    known = catalogue.load()
+    found = [
+        {
+            "kind": k,
+            "name": name,
+            "summary": component.summary,
+            "plugin": owner.plugin,
+            "from": f"{owner.distribution} {owner.version}",
+        }
+        for (k, name), (component, owner) in sorted(known.components.items())
+        if kind in (None, k)
+    ]
+    broken = [
+        {"plugin": f.owner.plugin, "from": f"{f.owner.distribution} {f.owner.version}", "reason": f.reason}
+        for f in known.failures
+    ]
+    if as_json:
+        print_json({"components": found, "broken": broken})
+        return
+    columns = ("kind", "name", "plugin", "from", "summary")
+    out = Screen()
+    out.table("Components", columns, [tuple(entry[column] for column in columns) for entry in found])
+    if broken:
+        out.table("Not usable", ("plugin", "from", "reason"), [tuple(entry.values()) for entry in broken])
+
+
+@cli.command()
+@click.argument("kind")
+@click.argument("name")
+@json_option
+def describe(kind: str, name: str, as_json: bool) -> None:
+    """Show the options of component NAME of KIND: type, default, bounds, meaning, origin."""
+    from siv_core import catalogue, convert
+    from siv_core.component import KINDS
+    from siv_core.console import Screen
+    from siv_core.errors import near_miss
+
+    if kind not in KINDS:
+        raise UserError(f"'{kind}' is no kind{near_miss(kind, KINDS)}")
+    known = catalogue.load()
+    component = known.get(kind, name)
+    report = {
+        "kind": kind,
+        "name": name,
+        "summary": component.summary,
+        "paper": component.paper,
+        "from": str(known.owner(kind, name)),
+        "options": convert.describe(component.config),
+    }
+    if as_json:
+        print_json(report)
+        return
+    out = Screen()
+    out.say(f"{kind} {name}: {component.summary}{f' ({component.paper})' if component.paper else ''}\n{report['from']}")
+    columns = ("option", "type", "default", "bounds", "meaning")
+    out.table("Options", columns, [tuple(str(row[column]) for column in columns) for row in report["options"]])
+
+
+@cli.command()
+@model_options
+@json_option
+def evaluate(run: Path, checkpoint: str, weights: str, device: str, as_json: bool) -> None:
+    """Measure RUN with the metrics of its recipe; the lines are added to its metrics.jsonl."""
+    watcher = screen(as_json)
+    from siv_core import session
+
+    built, model, found, path = session.open_run(run, checkpoint, weights, device)
+    session.need_data(built, watcher.progress)
+    with found.locked():
+        lines = session.append_metrics(built, model, found, path, weights, watcher)
+    if as_json:
+        print_json({"run": str(run), "metrics": lines})
+    else:
+        show_metrics(watcher, lines)
+
+
+@cli.command()
+@model_options
+@click.option("-n", "--number", "count", default=64, show_default=True, type=click.IntRange(1), help="How many.")
+@out_options
+def sample(run: Path, checkpoint: str, weights: str, device: str, count: int, seed: int, out: Path | None, as_json: bool) -> None:
+    """Draw samples from the prior of RUN: a picture and an array."""
+    watcher = screen(as_json)
+    from siv_core import apply, session
+
+    _, model, found, _ = session.open_run(run, checkpoint, weights, device)
+    told(watcher, apply.sample(model, out or found.path / "outputs", count, seed), as_json)
+
+
+@cli.command()
+@model_options
+@click.argument("images", type=PATH, nargs=-1)
+@out_options
+def reconstruct(
+    run: Path, images: tuple[Path, ...], checkpoint: str, weights: str, device: str, seed: int, out: Path | None, as_json: bool
+) -> None:
+    """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
+    watcher = screen(as_json)
+    from siv_core import apply, session
+
+    built, model, found, _ = session.open_run(run, checkpoint, weights, device)
+    if not images:
+        session.need_data(built, watcher.progress)
+    told(watcher, apply.reconstruct(model, built.dataset, out or found.path / "outputs", images, seed), as_json)
+
+
+@cli.command()
+@model_options
+@click.option(
+    "--take", multiple=True, metavar="GROUP=FILES", help="Pictures for a group, such as class='a.png,b.png'; a folder works."
+)
+@click.option("-n", "--number", "count", default=8, show_default=True, type=click.IntRange(1), help="Held-out images a side.")
+@out_options
+def translate(
+    run: Path,
+    take: tuple[str, ...],
+    count: int,
+    checkpoint: str,
+    weights: str,
+    device: str,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Class images down the left, content images along the top, and every class with every content between them."""
+    watcher = screen(as_json)
+    from siv_core import apply, session
+
+    built, model, found, _ = session.open_run(run, checkpoint, weights, device)
+    given = apply.taken(take, model)
+    if len(given) < 2:
+        session.need_data(built, watcher.progress)
+    told(watcher, apply.translate(model, built.dataset, out or found.path / "outputs", given, count, seed), as_json)
+
+
+@cli.group()
+def data() -> None:
+    """Data sets: what there is, fetching, preparing, checking."""
+
+
+@data.command("ls")
+@json_option
+def data_ls(as_json: bool) -> None:
+    """List the data sets and whether they are at hand."""
+    from siv_core import catalogue, files
+    from siv_core.console import Screen
+
+    known = catalogue.load()
+    rows = []
+    for name in known.names("dataset"):
+        component = known.get("dataset", name)
+        try:
+            lacking = component.build(component.config()).missing()
+        except TypeError:  # a set with options that have no default is somebody's own file
+            lacking = "needs options; see `siv describe dataset " + name + "`"
+        rows.append({"name": name, "summary": component.summary, "state": lacking or "at hand, or made when it is needed"})
+    if as_json:
+        print_json({"root": str(files.data_root()), "datasets": rows})
+        return
+    out = Screen()
+    out.say(f"data root: {files.data_root()} (SIV_DATA sets another)")
+    out.table("Data sets", ("name", "summary", "state"), [tuple(row.values()) for row in rows])
+
+
+@data.command("fetch")
+@click.argument("name")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set.")
+def data_fetch(name: str, sets: tuple[str, ...]) -> None:
+    """Download the data set NAME from its source, where it has one."""
+    watcher = screen()
+    from siv_core import session
+
+    fetch = getattr(session.dataset_by_name(name, sets), "fetch", None)
+    if fetch is None:
+        raise UserError(f"data '{name}' is not downloaded: it comes with a package or is made by `siv data prepare {name}`")
+    fetch(watcher.progress)
+    watcher.say(f"data {name} is at hand")
+
+
+@data.command("prepare")
+@click.argument("name")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set, such as size=32.")
+def data_prepare(name: str, sets: tuple[str, ...]) -> None:
+    """Make the files the data set NAME is read from."""
+    watcher = screen()
+    from siv_core import session
+
+    found = session.dataset_by_name(name, sets)
+    lacking = found.missing()
+    if lacking:
+        raise UserError(f"data '{name}' is not at hand: {lacking}")
+    found.prepare(watcher.progress)
+    watcher.say(f"data {name} is ready: fingerprint {found.fingerprint()}")
+
+
+@data.command("check")
+@click.argument("path", type=PATH)
+@json_option
+def data_check(path: Path, as_json: bool) -> None:
+    """Read every byte of the data file PATH and say what is in it."""
+    from siv_core import datafile
+    from siv_core.console import Screen
+
+    report = datafile.check(path)
+    if as_json:
+        print_json(report)
+    else:
+        Screen().table(str(path), ("", ""), [(key, str(value)) for key, value in report.items()])
+
+
+def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
+    """What an applied model wrote."""
+    for note in result["notes"]:
+        watcher.say(note)
+    if as_json:
+        print_json(result)
+    else:
+        for path in result["files"]:
+            watcher.say(f"wrote {path}")
+
+
+def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:
+    rows = [
+        (line["metric"], line["name"], f"{line['value']:.6g}" if "value" in line else f"skipped: {line['skipped']}")
+        for line in lines
+    ]
+    watcher.table("Metrics", ("metric", "name", "value"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What a person sees: progress bars on a terminal, lines elsewhere. Only this module knows rich."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from siv_core.errors import Stopped
+
+if TYPE_CHECKING:
+    from siv_core.trainer import Trainer
+
+LINE_SECONDS = 5.0  # between two lines where there is no terminal
+SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL reconstructed", "kl_fake": "KL generated"}
+
+
+class Screen:
+    """Watches a run for a person; on a terminal as moving bars, elsewhere as lines. Takes the first signal as a wish to stop."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+        self.signum = 0
+        self.live: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.last_line: dict[str, float] = {}
+        self.started: dict[str, tuple[float, int]] = {}
+        self.step = (0, 0, 0)  # step, steps, images seen
+        self.shown = ""
+
+    # -- signals -----------------------------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """The first SIGINT or SIGTERM asks for an end after a checkpoint, the second one ends at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._signalled)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self.signum:
+            os._exit(128 + number)
+        self.signum = number
+
+    def asked_to_stop(self) -> int:
+        return self.signum
+
+    # -- what is told ------------------------------------------------------------------------------------------------------------
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def wrote(self, path: Path) -> None:
+        if path.suffix == ".png":
+            self.say(f"wrote {path}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Work that is counted: a bar, or a line every few seconds."""
+        if self.signum:
+            self._end()
+            raise Stopped(self.signum)
+        if self.console.is_terminal:
+            self._bar(what, done, total)
+            if done >= total and len(self.tasks) == 1:
+                self._end()
+            return
+        now = time.monotonic()
+        self.started.setdefault(what, (now, done))
+        if now - self.last_line.setdefault(what, now) >= LINE_SECONDS or (done >= total and done > self.started[what][1]):
+            self.last_line[what] = now
+            begun, before = self.started[what]
+            left = (now - begun) / max(done - before, 1) * (total - done)
+            self.say(f"{what}: {done:,} of {total:,}, {_time(left)} left")
+        if done >= total:
+            self.started.pop(what), self.last_line.pop(what, None)
+
+    # -- training ----------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def training(self, trainer: Trainer, max_seconds: float | None) -> Iterator[None]:
+        total = trainer.stage_ends()[-1]
+        until = f", at most {_time(max_seconds)}" if max_seconds else ""
+        step = trainer.counters.step
+        self.say(f"training: {total - step:,} of {total:,} steps to go on {trainer.device}{until}")
+        self.started["training"] = (time.monotonic(), step)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def stepped(self, step: int, steps: int, images_seen: int) -> None:
+        self.step = (step, steps, images_seen)
+        if self.console.is_terminal:
+            self._bar("training", step, steps, self.shown)
+
+    def ticked(self, line: dict[str, Any]) -> None:
+        """Numbers of a tick; on a terminal they stand beside the bar."""
+        values = {name: value for phase in reversed(line["phases"].values()) for name, value in phase.items()}
+        numbers = "  ".join(f"{label} {values[name]:.4g}" for name, label in SHOWN.items() if name in values)
+        begun, before = self.started["training"]
+        step, steps, images_seen = line["step"], self.step[1], line["images_seen"]
+        seconds = max(time.monotonic() - begun, 1e-9)
+        speed = images_seen / step * (step - before) / seconds
+        self.shown = f"{images_seen:,} images  {speed:.0f}/s  {numbers}"
+        now = time.monotonic()
+        due = now - self.last_line.get("training", 0.0) >= LINE_SECONDS or step == steps
+        if not self.console.is_terminal and due:
+            self.last_line["training"] = now
+            left = seconds / max(step - before, 1) * (steps - step)
+            self.say(f"step {step:,} of {steps:,}  {self.shown}  {_time(left)} left")
+
+    def _bar(self, what: str, done: int, total: int, text: str = "") -> None:
+        if self.live is None:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+            more = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            self.live = Progress(*columns, *more, console=self.console, transient=True)
+            self.live.start()
+        if what not in self.tasks:
+            self.tasks[what] = self.live.add_task(what, total=total, completed=done, text=text)
+        self.live.update(self.tasks[what], completed=done, total=total, text=text)
+
+    def _end(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+        self.live, self.tasks = None, {}
+
+    # -- tables ------------------------------------------------------------------------------------------------------------------
+
+    def table(self, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        width = None if self.console.is_terminal else 160  # a file has no width to keep to
+        self.console.print(table, width=width, markup=False)
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,146 @@
+"""What a finished or a running model shows: metrics, and pictures of samples, reconstructions and translations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from siv_core import feed, pictures
+from siv_core.errors import UserError
+from siv_core.model import Model
+from siv_core.protocols import Dataset, Metric, Progress
+from siv_core.seeding import Streams
+
+SHOWN = 8  # images a row of a picture
+
+
+def measure(
+    metrics: Mapping[str, Metric], model: Model, data: Dataset, about: dict[str, Any], progress: Progress
+) -> list[dict[str, Any]]:
+    """A line for each value: metric, name, value or the reason why it was skipped, protocol; `about` is in each."""
+    lines = []
+    for name, metric in metrics.items():
+        measured = metric.measure(model, data, progress)
+        for value_name, value in measured.values.items():
+            result = {"skipped": value} if isinstance(value, str) else {"value": float(value)}
+            lines.append({"metric": name, "name": value_name, **result, "protocol": measured.protocol, **about})
+    return lines
+
+
+def some(data: Dataset, split: str, count: int, seed: int) -> Tensor:
+    """Positions [count] of a split: a seeded choice, in order."""
+    size = len(data.rows(split))
+    chosen = torch.randperm(size, generator=Streams(seed, 0)("show"))[: min(count, size)]
+    return chosen.sort().values
+
+
+def reconstructions(model: Model, x: Tensor) -> pictures.Picture:
+    """Originals above, their reconstructions below, `SHOWN` a row."""
+    y = model.reconstruct(x)
+    pairs = [torch.cat([a, b.to(a.device)]) for a, b in zip(x.split(SHOWN), y.split(SHOWN), strict=True)]
+    return pictures.grid(pictures.to_uint8(torch.cat(pairs), model.spec.value_range), len(pairs[0]) // 2)
+
+
+def preview(model: Model, data: Dataset, seed: int = 0) -> pictures.Picture:
+    """Held-out images, their reconstructions, and samples below."""
+    shown = [reconstructions(model, feed.images(data.rows("held_out"), some(data, "held_out", SHOWN, seed), model.spec))]
+    shown.append(pictures.grid(pictures.to_uint8(model.sample(2 * SHOWN, seed), model.spec.value_range), SHOWN))
+    width = max(picture.shape[1] for picture in shown)
+    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in shown]
+    return np.concatenate(padded)
+
+
+@frozen(eq=False)
+class Translation:
+    """Every class image with the content of every content image: `cells` [R·K, …], row by row."""
+
+    classes: Tensor  # [R, …]
+    contents: Tensor  # [K, …]
+    cells: Tensor
+
+    def picture(self, value_range: tuple[float, float]) -> pictures.Picture:
+        parts = [pictures.to_uint8(x, value_range) for x in (self.classes, self.contents, self.cells)]
+        return pictures.matrix(*parts)
+
+
+def translation(model: Model, classes: Tensor, contents: Tensor) -> Translation:
+    """The papers' matrix from class images [R, …] and content images [K, …]."""
+    if model.translate is None:
+        raise UserError(
+            f"this model has the latent groups {', '.join(model.groups)}: translating takes a class and a content group,"
+            " such as those of the network 'adain'"
+        )
+    class_group, content_group = model.translate
+    class_codes = model.encode(classes)[class_group].mu
+    content_codes = model.encode(contents)[content_group].mu
+    rows, columns = len(classes), len(contents)
+    codes = {class_group: class_codes.repeat_interleave(columns, 0), content_group: content_codes.repeat(rows, 1)}
+    return Translation(classes, contents, model.decode(codes))
+
+
+def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Class images and content images, `count` each, of the held-out split; all of different classes where factors tell."""
+    rows = data.rows("held_out")
+    order = torch.randperm(len(rows), generator=Streams(seed, 0)("translate"))
+    if rows.factors is not None:
+        identity = rows.factors[rows.at(order), 0].tolist()  # the first factor is the data's own idea of a class
+        first: dict[int, int] = {}
+        for position, one in zip(order.tolist(), identity, strict=True):
+            first.setdefault(one, position)
+        if len(first) >= 2 * count:
+            order = torch.tensor(list(first.values()))
+    chosen = order[: 2 * count]
+    half = len(chosen) // 2
+    x = feed.images(rows, chosen, model.spec)
+    return x[:half], x[half:]
+
+
+def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
+    """A user's pictures fitted to the model as at preparation, [N, *spec.shape], and a line for each that had to be changed."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    channels, height, width = model.spec.shape
+    fitted, notes, problems = [], [], []
+    for path in paths:
+        try:
+            with Image.open(path) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            problems.append(f"{path}: no picture that can be read ({error})")
+            continue
+        if picture.size != (width, height):
+            side = min(picture.size)
+            notes.append(f"{path}: {picture.width} × {picture.height}, centre square resized to {width} × {height}")
+            picture = ImageOps.fit(
+                picture, (width, height), Image.Resampling.LANCZOS if side > width else Image.Resampling.BICUBIC
+            )
+        array = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+        fitted.append(feed.to_float(torch.from_numpy(array.copy())[None], model.spec)[0])
+    if problems:
+        raise UserError(problems)
+    return torch.stack(fitted), notes
+
+
+def final_pictures(model: Model, data: Dataset, folder: Path, seed: int) -> list[Path]:
+    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png."""
+    if model.spec.kind != "image":
+        return []
+    value_range = model.spec.value_range
+    x = feed.images(data.rows("held_out"), some(data, "held_out", 4 * SHOWN, seed), model.spec)
+    made = {
+        "samples": pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN),
+        "reconstructions": reconstructions(model, x),
+    }
+    if model.translate:
+        made["translation"] = translation(model, *held_out_pairs(data, model, SHOWN, seed)).picture(value_range)
+    paths = []
+    for name, picture in made.items():
+        paths.append(folder / f"{name}.png")
+        pictures.save_png(paths[-1], picture)
+    return paths

@@ -1,0 +1,395 @@
+"""A run from its recipe to its last picture, and back from its directory: what `siv run` and the Python interface do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from attrs import frozen
+
+from siv_core import build, catalogue, checkpoint, evaluate, files, parallel, pictures, recipe, rundir
+from siv_core.build import Built
+from siv_core.errors import Diverged, Stopped, UserError
+from siv_core.model import Model
+from siv_core.rundir import RunDir
+from siv_core.trainer import Observer, Trainer
+
+LIBRARIES = ("siv", "torch", "torchvision", "numpy", "safetensors", "h5py", "pluggy", "attrs", "cattrs")
+
+
+class Watcher(Observer, Protocol):
+    """Who is told about a run, beside its progress in training."""
+
+    def say(self, line: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+    def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
+        """A context around the training loop."""
+
+
+class Silent:
+    """Watches nothing."""
+
+    def say(self, line: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+    def stepped(self, step: int, steps: int, images_seen: int) -> None: ...
+    def ticked(self, line: dict[str, Any]) -> None: ...
+    def wrote(self, path: Path) -> None: ...
+    def asked_to_stop(self) -> int:
+        return 0
+
+    def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
+        return nullcontext()
+
+
+@frozen
+class Run:
+    """What a run left: its directory, and how it ended ("finished" or "stopped")."""
+
+    path: Path
+    state: str
+
+    def model(self, checkpoint: str = "last", weights: str = "raw", device: str = "auto") -> Model:
+        return load(self.path, checkpoint, weights, device)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return RunDir(self.path).read("metrics")
+
+
+@frozen
+class Request:
+    """What was asked of `run`, beside the recipe."""
+
+    profiles: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    root: Path = Path("runs")
+    device: str = "auto"
+    max_seconds: float | None = None
+
+
+# -- devices ---------------------------------------------------------------------------------------------------------------------
+
+
+def nvidia_present() -> bool:
+    """Whether the machine has an NVIDIA device, usable or not. Asks the operating system, not torch."""
+    return any(Path(name).exists() for name in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is an NVIDIA device, else the CPU. A device that is there and does not work is an error."""
+    if name == "cpu" or (name == "auto" and not nvidia_present() and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable ({error}); `--device cpu` does without it") from error
+    return device
+
+
+# -- run -------------------------------------------------------------------------------------------------------------------------
+
+
+def run(path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
+    """Train what a recipe says, measure it and draw it: `siv run` as a function.
+
+    `overrides` are the fields of `Request`: profiles, sets (`"train.batch=8"`), run_dir, root, device, max_seconds. A `run_dir`
+    with a run of the same recipe in it is continued.
+    """
+    overrides.update({key: Path(overrides[key]) for key in ("run_dir", "root") if overrides.get(key)})
+    overrides.update({key: tuple(overrides[key]) for key in ("profiles", "sets") if key in overrides})
+    request = Request(**overrides)
+    known = catalogue.load()
+    read = recipe.load(Path(path), known, request.profiles, request.sets, cpu_only=not nvidia_present())
+    return start(read, known, request, watcher or Silent())
+
+
+def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
+    """Go on with a run where it stopped; `sets` may give a longer length, other cadences or metrics."""
+    found = RunDir.existing(Path(run_path))
+    manifest = found.manifest()
+    request = Request(
+        profiles=("none", *manifest["profiles"]),
+        sets=(*manifest["sets"], *overrides.get("sets", ())),
+        run_dir=found.path,
+        device=overrides.get("device", "auto"),
+        max_seconds=overrides.get("max_seconds"),
+    )
+    known = catalogue.load()
+    read = recipe.load(found.path / "recipe.toml", known, request.profiles, request.sets)
+    return start(recipe.renamed(read, manifest["recipe"]), known, request, watcher or Silent())
+
+
+def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
+    """Data, networks, run directory, training, pictures and metrics, in this order."""
+    device = pick_device(request.device)
+    if read.automatic_profile:
+        watcher.say("no NVIDIA device here: profile 'cpu' applies (turn it off with --profile none)")
+    data = build.dataset(read, known)
+    if data.missing():
+        raise UserError(f"data '{read.data.name}' is not at hand: {data.missing()}")
+    processes = parallel.start(device)
+    if processes.main:
+        data.prepare(watcher.progress)
+    processes.wait()
+    built = build.build(read, known, data)
+    lacking = build.missing(built)
+    if lacking:
+        raise UserError(lacking)
+    _set_precision(read.train)
+    found = _run_dir(read, request, processes, watcher)
+    with found.locked() if processes.main else nullcontext():
+        return _train_and_measure(built, found, device, processes, request, watcher)
+
+
+def _train_and_measure(
+    built: Built, found: RunDir, device: torch.device, processes: parallel.Parallel, request: Request, watcher: Watcher
+) -> Run:
+    read = built.recipe
+    prepare = getattr(built.reconstruction, "prepare", None)
+    if prepare:
+        prepare()
+    if read.init:
+        _start_from(built, read.init)
+    metrics = built.metrics()
+    for name, metric in metrics.items():
+        for need in metric.needs():
+            watcher.say(f"metric {name}: will be skipped in part: {need}")
+    trainer = Trainer.of(built, found, device, processes, watcher)
+    newest = _newest(found, watcher)
+    if newest:
+        trainer.resume(newest)
+        watcher.say(f"going on from {newest}")
+    if processes.main:
+        offsets = files.read_json(newest / "state.json")["offsets"] if newest else {}
+        _write_head(found, read, trainer, request, watcher, offsets)
+    model = built.model(device)
+
+    def preview(name: str) -> None:
+        if processes.main and built.spec.kind == "image":
+            pictures.save_png(found.images / f"{name}.png", evaluate.preview(model, built.dataset, read.train.seed))
+            watcher.wrote(found.images / f"{name}.png")
+
+    counters = trainer.counters
+    try:
+        with watcher.training(trainer, request.max_seconds):
+            state = trainer.run(request.max_seconds, preview)
+        if state == "finished" and processes.main:
+            finish(built, found, device, watcher)
+    except Stopped as stop:
+        _close(found, processes, "stopped", counters, watcher, f"{stop}; `siv run --resume {found.path}` goes on")
+        raise
+    except Diverged as error:
+        _close(found, processes, "diverged", counters, watcher, str(error))
+        raise Diverged(_advice(error, found, read)) from error
+    except BaseException:
+        _close(found, processes, "failed", counters, watcher, "failed")
+        raise
+    _close(found, processes, state, counters, watcher, f"{state} at step {counters.step}, {counters.images_seen} images seen")
+    return Run(found.path, state)
+
+
+def finish(built: Built, found: RunDir, device: torch.device, watcher: Watcher) -> None:
+    """Curves, pictures and the recipe's metrics of the newest checkpoint."""
+    path = checkpoint.path_of(found.checkpoints, "last")
+    pictures.curves(found.images / "curves.png", found.read("stats"))
+    watcher.wrote(found.images / "curves.png")
+    weights = "ema" if built.recipe.shadow else "raw"
+    model = model_of(built, path, weights, device)
+    for picture in evaluate.final_pictures(model, built.dataset, found.images, built.recipe.train.seed):
+        watcher.wrote(picture)
+    append_metrics(built, model, found, path, weights, watcher)
+
+
+def append_metrics(built: Built, model: Model, found: RunDir, path: Path, weights: str, watcher: Watcher) -> list[dict[str, Any]]:
+    """Measure, write a line for each value, and give the lines."""
+    about = {
+        "checkpoint": path.name,
+        "weights": weights,
+        "data": {"name": built.recipe.data.name, "fingerprint": built.dataset.fingerprint()},
+        "siv": version("siv"),
+    }
+    lines = evaluate.measure(built.metrics(), model, built.dataset, about, watcher.progress)
+    for line in lines:
+        found.append("metrics", line)
+    return lines
+
+
+# -- load ------------------------------------------------------------------------------------------------------------------------
+
+
+def load(run_path: str | Path, checkpoint: str = "last", weights: str = "raw", device: str = "auto") -> Model:
+    """The model of a run: its networks from its own recipe, their weights from a checkpoint. Needs no data."""
+    return open_run(run_path, checkpoint, weights, device)[1]
+
+
+def open_run(run_path: str | Path, step: str, weights: str, device: str) -> tuple[Built, Model, RunDir, Path]:
+    """As `load`, with what belongs to the model."""
+    found = RunDir.existing(Path(run_path))
+    manifest = found.manifest()
+    known = catalogue.load()
+    read = recipe.load(found.path / "recipe.toml", known, ("none", *manifest["profiles"]), manifest["sets"])
+    built = build.build(read, known, build.dataset(read, known))
+    path = checkpoint.path_of(found.checkpoints, step)
+    return built, model_of(built, path, weights, pick_device(device)), found, path
+
+
+def model_of(built: Built, path: Path, weights: str, device: torch.device) -> Model:
+    """The networks of `built` with the weights of a checkpoint in them."""
+    _restore(built, path, weights)
+    return built.model(device, f"{path.name}, {weights} weights")
+
+
+def _restore(built: Built, path: Path, weights: str) -> None:
+    tensors, _ = checkpoint.load(path)
+    shadows = [stem for stem in tensors if stem.endswith("@ema")]
+    if weights == "ema" and not shadows:
+        raise UserError(f"{path}: has no averaged weights; a recipe keeps them with a [shadow] table")
+    for name, module in built.modules.items():
+        averaged = f"{name}@ema" if weights == "ema" and f"{name}@ema" in tensors else name
+        checkpoint.restore_module(module, tensors[averaged], f"{path}/{averaged}")
+
+
+def _start_from(built: Built, init: recipe.Init) -> None:
+    source = RunDir.existing(Path(init.run))
+    _restore(built, checkpoint.path_of(source.checkpoints, init.checkpoint), init.weights)
+
+
+def need_data(built: Built, progress: Any) -> None:
+    """Prepare the data of a run, or say what is missing."""
+    lacking = built.dataset.missing()
+    if lacking:
+        raise UserError(f"data '{built.recipe.data.name}' is not at hand: {lacking}")
+    built.dataset.prepare(progress)
+
+
+def dataset_by_name(name: str, sets: tuple[str, ...] = ()) -> Any:
+    """A data set outside a recipe, with `KEY=VALUE` options."""
+    known = catalogue.load()
+    known.get("dataset", name)
+    return build.component(known, recipe.dataset_choice(known, name, sets))
+
+
+# -- small things ----------------------------------------------------------------------------------------------------------------
+
+
+def _run_dir(read: recipe.Recipe, request: Request, processes: parallel.Parallel, watcher: Watcher) -> RunDir:
+    """The directory of this run; every process gets the same one."""
+    resolved = read.resolved()
+    if request.run_dir:
+        found = RunDir.at(request.run_dir)
+        if (found.path / "resolved.json").exists():
+            differing = recipe.differences(found.resolved(), resolved)
+            if differing:
+                raise UserError([f"{found.path}: holds another run; these differ:", *differing])
+        return found
+    for path in rundir.unfinished(request.root, resolved):
+        watcher.say(f"{path} is an unfinished run of the same recipe: `siv run --resume {path}` goes on with it")
+    if processes.world > 1:
+        raise UserError("several processes need a directory they all know: give --run-dir")
+    return RunDir.create(request.root, read.name)
+
+
+def _newest(found: RunDir, watcher: Watcher) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is told."""
+    for step in reversed(checkpoint.steps(found.checkpoints)):
+        path = checkpoint.path_of(found.checkpoints, str(step))
+        wrong = checkpoint.problems(path)
+        if not wrong:
+            return path
+        for line in wrong:
+            watcher.say(f"{line}; trying the checkpoint before it")
+    return None
+
+
+def _write_head(
+    found: RunDir, read: recipe.Recipe, trainer: Trainer, request: Request, watcher: Watcher, offsets: Mapping[str, int]
+) -> None:
+    """What a run writes before its first step, or before it goes on."""
+    found.cut(dict(offsets))
+    if (found.path / "manifest.json").exists():
+        before = found.manifest().get("threads")
+        if before != torch.get_num_threads():
+            watcher.say(f"{before} threads before, {torch.get_num_threads()} now: the last bits may differ")
+    files.write_bytes(found.path / "recipe.toml", read.source)
+    found.write("manifest", manifest(read, trainer, request))
+    files.write_json(found.path / "resolved.json", read.resolved())
+    found.status("running", step=trainer.counters.step)
+    found.log(f"start: {shlex.join(sys.argv)}")
+    watcher.say(f"run directory {found.path}")
+
+
+def manifest(read: recipe.Recipe, trainer: Trainer, request: Request) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    used = {(choice.kind, choice.name) for choice in (read.data, read.reconstruction, *read.network, *read.metrics.values())}
+    used |= {("prior", choice.name) for choice in read.prior.values()}
+    used |= {("objective", plan.objective.name) for plan in read.stages}
+    device = trainer.device
+    return {
+        "recipe": read.name,
+        "profiles": list(read.profiles),
+        "automatic_profile": read.automatic_profile,
+        "sets": list(read.sets),
+        "command": sys.argv,
+        "seed": read.train.seed,
+        "threads": torch.get_num_threads(),
+        "processes": trainer.parallel.world,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.processor() or platform.machine()})",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
+        "git": _git(),
+        "data": {"name": read.data.name, "fingerprint": trainer.built.dataset.fingerprint(), "residency": trainer.feed.residency},
+        "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
+        "parameters": {name: build.size_of(player.module) for name, player in trainer.players.items()},
+    }
+
+
+def _git() -> str | None:
+    """The commit of siv's own checkout, if it runs from one."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _close(found: RunDir, processes: parallel.Parallel, state: str, counters: Any, watcher: Watcher, line: str) -> None:
+    if processes.main:
+        found.status(state, step=counters.step, images_seen=counters.images_seen)
+        found.log(line)
+        watcher.say(line)
+
+
+def _advice(error: Diverged, found: RunDir, read: recipe.Recipe) -> str:
+    objective, optim = read.stages[-1].objective.tree(), read.stages[-1].optim[""]
+    return "\n".join(
+        [
+            f"{error}; nothing of it was saved, the checkpoints in {found.checkpoints} are good",
+            f"what helps: a lower learning rate (now {optim.lr:g}), precision fp32 (now {read.train.precision}), a bound on the"
+            f" log-variances (train.logvar_bound, now {read.train.logvar_bound:g}), gradient clipping (train.clip_gradient, now"
+            f" {read.train.clip_gradient:g})",
+            f"and another beta_neg (now {objective.get('beta_neg', 'none')}): it has been reported to help in both directions",
+        ]
+    )
+
+
+def _set_precision(train: recipe.Train) -> None:
+    torch.set_float32_matmul_precision("high" if train.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

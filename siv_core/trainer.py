@@ -1,0 +1,328 @@
+"""Training: one flat loop over steps, and a step over the phases of an objective."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from siv_core import checkpoint
+from siv_core.build import Built
+from siv_core.convert import Length
+from siv_core.errors import Stopped
+from siv_core.feed import Feed, blend
+from siv_core.parallel import Parallel
+from siv_core.players import Follower, Player, make_nets, rows_of, slices, sources
+from siv_core.protocols import Batch, Nets, Noise, Objective, Phase, Shadow, Stage
+from siv_core.recipe import Optim, StagePlan
+from siv_core.rundir import RunDir
+from siv_core.seeding import DataOrder, Streams
+from siv_core.stats import Stats
+
+
+class Observer(Protocol):
+    """Who watches a run: shows progress and says when to stop. Nothing it does changes what is computed."""
+
+    def stepped(self, step: int, steps: int, images_seen: int) -> None: ...
+    def ticked(self, line: dict[str, Any]) -> None: ...
+    def wrote(self, path: Path) -> None: ...
+    def asked_to_stop(self) -> int:
+        """A signal number, or 0."""
+
+
+@define
+class Counters:
+    step: int = 0
+    images_seen: int = 0
+    checkpoints: int = 0
+    tick_images: int = 0  # images_seen at the last tick
+
+
+@define
+class Trainer:
+    """Everything a training run holds. `run` is the loop; `save` and `resume` are its inverse."""
+
+    built: Built
+    rundir: RunDir
+    device: torch.device
+    parallel: Parallel
+    observer: Observer
+    feed: Feed
+    order: DataOrder
+    players: dict[str, Player]
+    followers: list[Follower]
+    stats: Stats
+    counters: Counters = field(factory=Counters)
+
+    @classmethod
+    def of(cls, built: Built, rundir: RunDir, device: torch.device, parallel: Parallel, observer: Observer) -> Trainer:
+        """Prepared for step 0; the data and the reconstruction loss are at hand."""
+        train = built.recipe.train
+        players = {name: Player.of(name, module.to(device).train()) for name, module in built.modules.items()}
+        if train.channels_last:
+            for player in players.values():
+                player.module.to(memory_format=torch.channels_last)
+        if isinstance(built.reconstruction, torch.nn.Module):
+            built.reconstruction.to(device)
+        feed = Feed(built.dataset.rows("train"), built.spec, device, train.residency, conditional=train.conditional)
+        rules = [rule for plan in built.recipe.stages for rule in built.objective(plan).shadows]
+        if built.recipe.shadow:
+            shadow, epoch = built.recipe.shadow, len(feed.rows)
+            half_life = shadow.half_life.steps(1, epoch)
+            rules += [Shadow("ema", of, half_life_images=half_life) for of in shadow.of if players[of].parameters]
+        followers = [Follower.of(rule, players[rule.of]) for rule in dict.fromkeys(rules)]
+        order = DataOrder(len(feed.rows), train.seed)
+        return cls(built, rundir, device, parallel, observer, feed, order, players, followers, Stats(parallel))
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+
+    def run(self, max_seconds: float | None = None, preview: Callable[[str], None] = lambda name: None) -> str:
+        """Train to the end of the last stage, or until `max_seconds` are over: "finished" or "stopped".
+
+        Raises `Stopped` when asked to by a signal, after a checkpoint, and `Diverged` without one.
+        """
+        started, recipe, counters = time.monotonic(), self.built.recipe, self.counters
+        ends = self.stage_ends()
+        total = ends[-1]
+        active: ActiveStage | None = None
+        if counters.step == 0:
+            self.start_priors()
+        while counters.step < total:
+            # The stage
+            number = next(i for i, end in enumerate(ends) if counters.step < end)
+            if active is None or active.number != number:
+                first = ends[number - 1] if number else 0
+                active = self.enter(number, first, ends[number] - first)
+            active.set_fade(counters.step)
+
+            # The step
+            self.step(active)
+            images_before = counters.images_seen
+            counters.step += 1
+            counters.images_seen += active.plan.batch
+            for follower in self.followers:
+                follower.follow(self.players[follower.rule.of].module, images_before, counters.images_seen)
+            self.observer.stepped(counters.step, total, counters.images_seen)
+
+            # What is due. Only counters decide, but for the wish to stop: that ends a run, it does not change it.
+            signum = self.parallel.largest(self.observer.asked_to_stop())
+            late = max_seconds is not None and time.monotonic() - started >= max_seconds
+            over = bool(signum or self.parallel.largest(int(late))) and counters.step < total
+            if self.due(recipe.train.tick, active) or counters.step == total:
+                self.tick(started)
+            if self.due(recipe.train.checkpoint, active) or counters.step == total or over:
+                self.save()
+            early = counters.step in (max(1, total // 100), max(1, total // 20))
+            if self.due(recipe.train.preview, active) or early:
+                preview(f"preview_{counters.step:08d}")
+            if over and signum:
+                raise Stopped(signum)
+            if over:
+                return "stopped"
+        return "finished"
+
+    def step(self, active: ActiveStage) -> None:
+        """One step: the same batch and noise for every phase, each phase moving its players alone."""
+        plan, counters = active.plan, self.counters
+        streams = Streams(self.built.recipe.train.seed, counters.step, self.device)
+        positions = self.order.take(counters.images_seen, plan.batch)[self.parallel.share(plan.batch)]
+        batch = self.feed.take(positions, active.shape, self.memory_format)
+        if active.fading:
+            batch = batch._replace(x=blend(batch.x, active.fade))
+        noise = rows_of(active.objective.draw(plan.batch, streams, active.sources), self.parallel.share(plan.batch))
+        pieces = list(slices(slice(0, len(positions)), self.built.recipe.train.micro_batch))
+        carries: list[dict[str, Any]] = [{} for _ in pieces]
+        for phase in active.objective.phases:
+            self.play(phase, active, batch, noise, pieces, carries)
+
+    def play(
+        self, phase: Phase, active: ActiveStage, batch: Batch, noise: Noise, pieces: list[slice], carries: list[dict[str, Any]]
+    ) -> None:
+        """One phase: gradients for the players it updates and for them only, summed over micro-batches and processes."""
+        players = [self.players[name] for name in phase.updates]
+        parameters = [parameter for player in players for parameter in player.parameters]
+        total: list[Tensor | None] = [None] * len(parameters)
+        terms, shares = [], []
+        for i, rows in enumerate(pieces):
+            part = Batch(*rows_of(tuple(batch), rows))
+            loss, own, carries[i] = phase.loss(active.nets, part, rows_of(noise, rows), active.coeffs, carries[i])
+            share = loss * (len(part.x) / active.plan.batch)
+            gradients = torch.autograd.grad(share, parameters, allow_unused=True)
+            total = [_add(before, new) for before, new in zip(total, gradients, strict=True)]
+            terms.append({name: term.detach() for name, term in own.items()})
+            shares.append(share.detach())
+        present = [gradient for gradient in total if gradient is not None]
+        self.parallel.sum_(present)
+        norm = torch.stack(torch._foreach_norm(present)).norm()
+        clip = self.built.recipe.train.clip_gradient
+        if clip:
+            torch._foreach_mul_(present, (clip / (norm + 1e-12)).clamp(max=1.0))
+        self.stats.add(phase.name, self.counters.step, active.plan.batch, terms, torch.stack(shares).sum(), norm)
+        for player in players:
+            own_gradients, total = total[: len(player.parameters)], total[len(player.parameters) :]
+            player.step(own_gradients)
+
+    # -- stages ------------------------------------------------------------------------------------------------------------------
+
+    def stage_ends(self) -> list[int]:
+        """The step at which each stage is over."""
+        ends, last = [], 0
+        for plan in self.built.recipe.stages:
+            last += plan.length.steps(plan.batch, len(self.feed.rows))
+            ends.append(last)
+        return ends
+
+    def enter(self, number: int, first: int, steps: int) -> ActiveStage:
+        """Set everything that a stage may change; the optimisers are reset only at its very first step."""
+        plan = self.built.recipe.stages[number]
+        for name, player in self.players.items():
+            optim: Optim = plan.optim.get(name, plan.optim[""])
+            player.configure(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+            if plan.reset_optimisers and self.counters.step == first:
+                player.reset_optimiser()
+        shape = self.built.shape(plan)
+        fade_steps = math.ceil(plan.fade * steps)
+        objective = self.built.objective(plan)
+        modules: dict[str, Any] = {name: player.module for name, player in self.players.items()}
+        modules.update({follower.key: follower.module for follower in self.followers})
+        active = ActiveStage(
+            number=number,
+            plan=plan,
+            objective=objective,
+            shape=shape,
+            first=first,
+            fade_steps=fade_steps,
+            fade=torch.ones((), device=self.device),
+            nets=make_nets(modules, self.built.reconstruction, self.built.recipe.train.logvar_bound or None, autocast_of(self)),
+            coeffs=tensors_of(objective.coeffs, self.device),
+            sources=sources(self.built.networks.groups, self.built.priors, self.built.networks.decoder),
+        )
+        stage = Stage(number, shape, active.fade)
+        for module in [*modules.values(), *self.built.priors.groups.values()]:
+            set_stage = getattr(module, "set_stage", None)
+            if set_stage:
+                set_stage(stage)
+        return active
+
+    def start_priors(self) -> None:
+        """Let priors that want to see data before the first step see some."""
+        plan = self.built.recipe.stages[0]
+        encode = make_nets({"encoder": self.players["encoder"].module}, torch.sub)["encoder"]
+        for group, prior in self.built.priors.groups.items():
+            start = getattr(prior, "start", None)
+            if start:
+                positions = (self.order.take(i * plan.batch, plan.batch) for i in range(len(self.feed.rows) // plan.batch or 1))
+                batches = (self.feed.take(p, self.built.shape(plan), self.memory_format).x for p in positions)
+                with torch.no_grad():
+                    start(batches, lambda x, group=group: encode(x)[group])
+
+    # -- what is due -------------------------------------------------------------------------------------------------------------
+
+    def due(self, every: Length, active: ActiveStage) -> bool:
+        return self.counters.step % every.steps(active.plan.batch, len(self.feed.rows)) == 0
+
+    def tick(self, started: float) -> None:
+        """One line of statistics; ends the run if something is no longer finite."""
+        self.stats.check()
+        counters = self.counters
+        phases = self.stats.flush()
+        images = counters.images_seen - counters.tick_images
+        counters.tick_images = counters.images_seen
+        line = {"step": counters.step, "images_seen": counters.images_seen, "images": images, "phases": phases}
+        line["wall"] = {"seconds": round(time.monotonic() - started, 3)}  # the only entry that differs from run to run
+        if self.parallel.main:
+            self.rundir.append("stats", line)
+            self.observer.ticked(line)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of a state that is known to be finite."""
+        self.stats.check()
+        counters = self.counters
+        counters.checkpoints += 1
+        stats_tensors, stats_state = self.stats.state()
+        if self.parallel.main:
+            tensors: checkpoint.Tensors = {name: player.module.state_dict() for name, player in self.players.items()}
+            tensors.update({follower.key: follower.module.state_dict() for follower in self.followers})
+            for name, player in self.players.items():
+                tensors[f"{name}.optimiser"] = checkpoint.optimiser_tensors(player.module, player.optimiser)
+            tensors["stats"] = stats_tensors
+            state = {
+                "images_seen": counters.images_seen,
+                "number": counters.checkpoints,
+                "tick_images": counters.tick_images,
+                "stats": stats_state,
+                "offsets": self.rundir.offsets(),
+            }
+            path = checkpoint.save(self.rundir.checkpoints, counters.step, tensors, state)
+            checkpoint.prune(self.rundir.checkpoints, self.built.recipe.train.keep_every)
+            self.observer.wrote(path)
+        self.parallel.wait()
+
+    def resume(self, path: Path) -> None:
+        """Go back to a checkpoint, taking back whatever was written after it."""
+        tensors, state = checkpoint.load(path)
+        for name, player in self.players.items():
+            checkpoint.restore_module(player.module, tensors[name], f"{path}/{name}")
+            checkpoint.restore_optimiser(player.module, player.optimiser, tensors[f"{name}.optimiser"])
+        for follower in self.followers:
+            checkpoint.restore_module(follower.module, tensors[follower.key], f"{path}/{follower.key}")
+        sums = {phase: tensor.to(self.device) for phase, tensor in tensors["stats"].items()}
+        self.stats.restore(sums, state["stats"])
+        self.counters = Counters(state["step"], state["images_seen"], state["number"], state["tick_images"])
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.built.recipe.train.channels_last else torch.contiguous_format
+
+
+@define
+class ActiveStage:
+    """What holds while a stage lasts."""
+
+    number: int
+    plan: StagePlan
+    objective: Objective
+    shape: tuple[int, ...]
+    first: int
+    fade_steps: int
+    fade: Tensor
+    nets: Nets
+    coeffs: dict[str, Any]
+    sources: Any
+    fading: bool = False
+
+    def set_fade(self, step: int) -> None:
+        """(steps done + 1) / fade steps, in place: who was given the tensor sees it move."""
+        was, self.fading = self.fading, step - self.first < self.fade_steps
+        if self.fading:
+            self.fade.fill_((step - self.first + 1) / self.fade_steps)
+        elif was:
+            self.fade.fill_(1.0)
+
+
+def autocast_of(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    if trainer.built.recipe.train.precision == "bf16":
+        return partial(torch.autocast, trainer.device.type, torch.bfloat16)
+    return nullcontext
+
+
+def tensors_of(coeffs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Numbers as 0-dim float32 tensors, tables of numbers as tables of tensors."""
+    return {
+        name: tensors_of(value, device) if isinstance(value, Mapping) else torch.tensor(float(value), device=device)
+        for name, value in coeffs.items()
+    }
+
+
+def _add(before: Tensor | None, new: Tensor | None) -> Tensor | None:
+    return new if before is None else before if new is None else before + new
