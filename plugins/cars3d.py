@@ -160,11 +160,9 @@ def views_of(mat: bytes, size: int) -> NDArray[np.uint8]:
     from scipy.io import loadmat
 
     try:
-        im = loadmat(BytesIO(mat), variable_names=["im"]).get("im")
+        im = loadmat(BytesIO(mat), variable_names=["im"])["im"]
     except Exception as error:  # the reader lets through whatever a damaged file makes it run into
-        raise UserError(f"cannot be read as a MAT 5 file ({error})") from error
-    if im is None:
-        raise UserError("has no variable 'im'")
+        raise UserError(f"cannot be read as a MAT 5 file with a variable 'im' ({error!r})") from error
     if im.shape != LAYOUT or im.dtype != np.uint8:
         raise UserError(f"'im' is {im.dtype} {list(im.shape)}, it should be uint8 {list(LAYOUT)}")
     views = im.transpose(4, 3, 0, 1, 2).reshape(VIEWS, SIDE, SIDE, 3)

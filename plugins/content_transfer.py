@@ -25,7 +25,6 @@ from siv_core import feed, files, latents
 from siv_core.component import Component, option
 from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
-from siv_core.latents import Codes
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
 from siv_core.seeding import stream_seed
@@ -65,8 +64,7 @@ def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: li
         among = (same_class[contents[same_class] != w], same_content[classes[same_content] != a])
         for side, what in enumerate(("its class and other content", "its content and another class")):
             if not len(among[side]):
-                where = f"held-out image {target} ({names[target]})"
-                raise UserError(f"{WHAT}: {where} has no source: no other held-out image has {what}")
+                raise UserError(f"{WHAT}: held-out image {target} ({names[target]}): no other one in the split has {what}")
             sources[target, side] = among[side][(uniform[target, side] * len(among[side])).astype(np.int64)]
     return sources[:, 0], sources[:, 1]
 
@@ -172,7 +170,7 @@ class ContentTransfer:
             try:
                 read_weights(backbone)
             except UserError as error:
-                problems.append(f"{WHAT} without lpips_{backbone}: {error}")
+                problems.append(f"lpips_{backbone}: {error}")
         return problems
 
     @torch.no_grad()
@@ -195,14 +193,13 @@ class ContentTransfer:
 
         for at in torch.arange(len(targets)).split(self.config.batch):
             done, truth = int(at[0]), stored(targets[at])
-            class_at, content_at = (source[at] for source in sources)
-            chosen = zip(self.translate, (class_at, content_at), strict=True)
-            mixed = {group: codes[group][source.to(model.device)] for group, source in chosen}
-            # the seed matters only to a decoder with noise of its own: no two batches share it
-            seed = stream_seed(self.config.seed, "content_transfer", done)
+            mixed = {
+                group: codes[group][source[at].to(model.device)] for group, source in zip(self.translate, sources, strict=True)
+            }
+            seed = stream_seed(self.config.seed, "content_transfer", done)  # for a decoder with noise of its own
             compare("", self._unit(model.decode(mixed, seed=seed)), truth, done)
-            compare(".copy_class", stored(class_at), truth, done)
-            compare(".copy_content", stored(content_at), truth, done)
+            compare(".copy_class", stored(sources[0][at]), truth, done)
+            compare(".copy_content", stored(sources[1][at]), truth, done)
         for at in torch.arange(len(rows)).split(self.config.batch):
             truth = stored(at)
             compare(".mean_image", mean.expand_as(truth), truth, len(targets) + int(at[0]))
@@ -239,8 +236,8 @@ class ContentTransfer:
                 skipped[name] = str(error)
         return distances, skipped, identity
 
-    def _encode(self, model: Model, rows: Rows, progress: Progress) -> Codes:
-        parts: list[Codes] = []
+    def _encode(self, model: Model, rows: Rows, progress: Progress) -> latents.Codes:
+        parts: list[latents.Codes] = []
         for x in feed.batches(rows, self.spec, self.config.batch, model.device):
             progress(f"{WHAT}: encoding", len(parts) * self.config.batch, len(rows))
             parts.append(latents.means(model.encode(x)))
@@ -258,13 +255,14 @@ class ContentTransfer:
         return ((x - low) / (high - low)).clamp(0, 1)
 
     def _protocol(self, targets: int, train: int, identity: dict[str, Any]) -> dict[str, Any]:
-        others = [name for name in self.spec.factors if name != self.config.class_factor]
+        own, others = self.config.class_factor, sorted(self.spec.factors.keys() - {self.config.class_factor})
         return {
             "split": "held_out",
             "pairs": {"targets": targets, "each": self.config.pairs, "seed": self.config.seed, "batch": self.config.batch},
-            "drawing": "numpy PCG64; sources uniform in the split, with replacement, of the same class and other content or reverse",
-            "class": {"factors": [self.config.class_factor], "group": self.translate[0], "code": "posterior mean"},
-            "content": {"factors": others, "group": self.translate[1], "code": "posterior mean"},
+            "drawing": "numpy PCG64; each source uniform in the split, with replacement",
+            "class": {"factors": [own], "group": self.translate[0], "source": "same class, other content"},
+            "content": {"factors": others, "group": self.translate[1], "source": "same content, other class"},
+            "codes": "posterior means",
             "images": {"shape": list(self.spec.shape), "value_range": list(self.spec.value_range)},
             "compared": "scaled to [0, 1], the decoder's clamped to it; mse is a mean over C·H·W; average of each image's values",
             "psnr": {"peak": 1, "least_mse": LEAST_MSE},
@@ -287,6 +285,8 @@ def build(config: ContentTransferConfig, spec: Spec, groups: dict[str, int], tra
         raise UserError("metric content_transfer: needs a network with a class and a content group, such as adain")
     if spec.kind != "image":
         raise UserError(f"metric content_transfer: needs images, the data's kind is {spec.kind}")
+    if spec.conditional:
+        raise UserError("metric content_transfer: a decoder given labels (train.conditional) does not make images of codes alone")
     if config.class_factor not in spec.factors or len(spec.factors) < 2:
         known = ", ".join(spec.factors) or "none"
         raise UserError(f"metric content_transfer: class_factor: needs '{config.class_factor}' and one more; factors: {known}")

@@ -65,4 +65,6 @@ def build(config: DigitsConfig) -> Digits:
 
 @hookimpl
 def siv_components() -> list[Component]:
-    return [Component("dataset", "digits", DigitsConfig, build, "1,797 real handwritten digits of 8 × 8, in scikit-learn's wheel")]
+    return [
+        Component("dataset", "digits", DigitsConfig, build, "1,797 real handwritten digits of 8 × 8, in scikit-learn's wheel")
+    ]

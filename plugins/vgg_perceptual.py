@@ -2,7 +2,7 @@
 
 r(x, y) = factor · ( mean |x − y| + Σ_l mean |f_l(x) − f_l(y)| ), means over C·H·W of one sample. The f_l are relu1_2, relu2_2,
 relu3_2, relu4_3 and pool5 of torchvision's VGG-16. The published codes name the convolutions before these ReLUs, but there the
-ReLUs work in place and overwrite what was kept.
+ReLUs work in place and overwrite what was kept: all but the last of `glann`, which is conv4_3 itself.
 
 Presets: `lord` (Gabbay & Hoshen 2020, PyTorch code): images in [0, 1] as they are. `normalised` (OverLORD, 2021): features of
 images normalised as VGG was trained, pixels in [0, 1]. `glann` (Hoshen et al. 2019, at 64 px): images in [−1, 1], no pool5.
@@ -41,7 +41,7 @@ class Preset:
 
 PRESETS = {
     "lord": Preset((3, 8, 13, 22, 30)),
-    "glann": Preset((3, 8, 13, 22), low=-1.0),
+    "glann": Preset((3, 8, 13, 21), low=-1.0),  # its pass ends before the last ReLU, so that one overwrites nothing
     "normalised": Preset((3, 8, 13, 22, 30), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 
@@ -57,7 +57,7 @@ class VGGPerceptualConfig:
 
 
 def bare_features(last: int) -> nn.Sequential:
-    """VGG-16's features 0 … `last` with ReLUs out of place and zero weights; neither the rest of VGG-16 nor a random number is made."""
+    """VGG-16's features 0 … `last` with ReLUs out of place and zero weights; makes neither the classifier nor a random number."""
     from torchvision.models import vgg16
 
     with torch.device("meta"):
@@ -182,4 +182,4 @@ def build(config: VGGPerceptualConfig, spec: Spec) -> VGGPerceptual:
 @hookimpl
 def siv_components() -> list[Component]:
     summary = "VGG-16 feature distance (needs a weight file; with weights = 'random' only a trial of the machinery)"
-    return [Component("reconstruction", "vgg_perceptual", VGGPerceptualConfig, build, summary, "arXiv:1906.11880")]
+    return [Component("reconstruction", "vgg_perceptual", VGGPerceptualConfig, build, summary, "arXiv:1906.11796")]

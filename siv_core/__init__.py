@@ -9,29 +9,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from siv_core.component import Component, PerGroup, option, per_group
-    from siv_core.errors import UserError
-    from siv_core.hookspecs import hookimpl
-    from siv_core.latents import Codes, Gaussian, Posterior, kl_standard
-    from siv_core.losses import sampled_kl
-    from siv_core.model import Model
-    from siv_core.protocols import (
-        Batch,
-        Dataset,
-        Distribution,
-        Measurement,
-        Metric,
-        Networks,
-        Objective,
-        Phase,
-        Progress,
-        Rows,
-        Shadow,
-        Spec,
-        Stage,
-    )
-    from siv_core.session import Run, load, run
+if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the table below
+    from siv_core.component import Component as Component
+    from siv_core.component import PerGroup as PerGroup
+    from siv_core.component import option as option
+    from siv_core.component import per_group as per_group
+    from siv_core.errors import UserError as UserError
+    from siv_core.hookspecs import hookimpl as hookimpl
+    from siv_core.latents import Codes as Codes
+    from siv_core.latents import Gaussian as Gaussian
+    from siv_core.latents import Posterior as Posterior
+    from siv_core.latents import kl_standard as kl_standard
+    from siv_core.losses import sampled_kl as sampled_kl
+    from siv_core.model import Model as Model
+    from siv_core.protocols import Batch as Batch
+    from siv_core.protocols import Dataset as Dataset
+    from siv_core.protocols import Distribution as Distribution
+    from siv_core.protocols import Measurement as Measurement
+    from siv_core.protocols import Metric as Metric
+    from siv_core.protocols import Networks as Networks
+    from siv_core.protocols import Objective as Objective
+    from siv_core.protocols import Phase as Phase
+    from siv_core.protocols import Progress as Progress
+    from siv_core.protocols import Rows as Rows
+    from siv_core.protocols import Shadow as Shadow
+    from siv_core.protocols import Spec as Spec
+    from siv_core.protocols import Stage as Stage
+    from siv_core.session import Run as Run
+    from siv_core.session import load as load
+    from siv_core.session import run as run
 
 _HOME = {
     "siv_core.component": ("Component", "PerGroup", "option", "per_group"),

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from siv_core.cli_common import PATH, json_option, options, print_json, screen
+from siv_core.cli_data import data
 from siv_core.errors import SivError, UserError
 
 if TYPE_CHECKING:
     from siv_core.console import Screen
-
-PATH = click.Path(path_type=Path)
-Command = Callable[..., Any]
 
 
 def main() -> None:
@@ -42,35 +39,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def screen(as_json: bool = False) -> Screen:
-    """The console of a command that works for a while; it listens to signals from here on."""
-    from siv_core.console import Screen
-
-    made = Screen(stderr=as_json)
-    made.listen()
-    return made
-
-
-def print_json(value: Any) -> None:
-    from siv_core.files import finite_or_text
-
-    click.echo(json.dumps(finite_or_text(value), indent=2, allow_nan=False))
-
-
-def options(*added: Command) -> Command:
-    """Several click options as one decorator."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(added):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object on standard output, progress on standard error."
-)
 recipe_options = options(
     click.argument("recipe", type=PATH),
     click.option(
@@ -106,6 +74,9 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.version_option(package_name="siv")
 def cli() -> None:
     """Train, measure and use introspective variational autoencoders."""
+
+
+cli.add_command(data)
 
 
 @cli.command()
@@ -146,7 +117,7 @@ def run(
         read = recipes.load(recipe, catalogue.load(), profiles, sets, cpu_only=not session.nvidia_present())
         print_json(read.resolved())
         return
-    more = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
+    more: dict[str, Any] = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
     if resumed:
         done = session.resume(resumed, **more)
     elif recipe:
@@ -219,7 +190,7 @@ def list_plugins(kind: str | None, as_json: bool) -> None:
         return
     columns = ("kind", "name", "plugin", "from", "summary")
     out = Screen()
-    out.table("Components", columns, [tuple(entry[column] for column in columns) for entry in found])
+    out.table("Components", columns, [tuple(str(entry[column]) for column in columns) for entry in found])
     if broken:
         out.table("Not usable", ("plugin", "from", "reason"), [tuple(entry.values()) for entry in broken])
 
@@ -239,7 +210,7 @@ def describe(kind: str, name: str, as_json: bool) -> None:
         raise UserError(f"'{kind}' is no kind{near_miss(kind, KINDS)}")
     known = catalogue.load()
     component = known.get(kind, name)
-    report = {
+    report: dict[str, Any] = {
         "kind": kind,
         "name": name,
         "summary": component.summary,
@@ -333,81 +304,6 @@ def translate(
     told(watcher, apply.translate(model, built.dataset, out or found.path / "outputs", given, count, seed), as_json)
 
 
-@cli.group()
-def data() -> None:
-    """Data sets: what there is, fetching, preparing, checking."""
-
-
-@data.command("ls")
-@json_option
-def data_ls(as_json: bool) -> None:
-    """List the data sets and whether they are at hand."""
-    from siv_core import catalogue, files
-    from siv_core.console import Screen
-
-    known = catalogue.load()
-    rows = []
-    for name in known.names("dataset"):
-        component = known.get("dataset", name)
-        try:
-            lacking = component.build(component.config()).missing()
-        except TypeError:  # a set with options that have no default is somebody's own file
-            lacking = "needs options; see `siv describe dataset " + name + "`"
-        rows.append({"name": name, "summary": component.summary, "state": lacking or "at hand, or made when it is needed"})
-    if as_json:
-        print_json({"root": str(files.data_root()), "datasets": rows})
-        return
-    out = Screen()
-    out.say(f"data root: {files.data_root()} (SIV_DATA sets another)")
-    out.table("Data sets", ("name", "summary", "state"), [tuple(row.values()) for row in rows])
-
-
-@data.command("fetch")
-@click.argument("name")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set.")
-def data_fetch(name: str, sets: tuple[str, ...]) -> None:
-    """Download the data set NAME from its source, where it has one."""
-    watcher = screen()
-    from siv_core import session
-
-    fetch = getattr(session.dataset_by_name(name, sets), "fetch", None)
-    if fetch is None:
-        raise UserError(f"data '{name}' is not downloaded: it comes with a package or is made by `siv data prepare {name}`")
-    fetch(watcher.progress)
-    watcher.say(f"data {name} is at hand")
-
-
-@data.command("prepare")
-@click.argument("name")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set, such as size=32.")
-def data_prepare(name: str, sets: tuple[str, ...]) -> None:
-    """Make the files the data set NAME is read from."""
-    watcher = screen()
-    from siv_core import session
-
-    found = session.dataset_by_name(name, sets)
-    lacking = found.missing()
-    if lacking:
-        raise UserError(f"data '{name}' is not at hand: {lacking}")
-    found.prepare(watcher.progress)
-    watcher.say(f"data {name} is ready: fingerprint {found.fingerprint()}")
-
-
-@data.command("check")
-@click.argument("path", type=PATH)
-@json_option
-def data_check(path: Path, as_json: bool) -> None:
-    """Read every byte of the data file PATH and say what is in it."""
-    from siv_core import datafile
-    from siv_core.console import Screen
-
-    report = datafile.check(path)
-    if as_json:
-        print_json(report)
-    else:
-        Screen().table(str(path), ("", ""), [(key, str(value)) for key, value in report.items()])
-
-
 def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
     """What an applied model wrote."""
     for note in result["notes"]:
@@ -420,7 +316,7 @@ def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
 
 
 def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (line["metric"], line["name"], f"{line['value']:.6g}" if "value" in line else f"skipped: {line['skipped']}")
         for line in lines
     ]

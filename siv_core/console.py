@@ -28,7 +28,9 @@ class Screen:
     """Watches a run for a person; on a terminal as moving bars, elsewhere as lines. Takes the first signal as a wish to stop."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=stderr, highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 200  # a file has no width to keep to
         self.signum = 0
         self.live: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
@@ -55,7 +57,7 @@ class Screen:
     # -- what is told ------------------------------------------------------------------------------------------------------------
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def wrote(self, path: Path) -> None:
         if path.suffix == ".png":
@@ -137,8 +139,7 @@ class Screen:
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
-        width = None if self.console.is_terminal else 160  # a file has no width to keep to
-        self.console.print(table, width=width, markup=False)
+        self.console.print(table, markup=False)
 
 
 def _time(seconds: float) -> str:

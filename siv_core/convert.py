@@ -115,7 +115,6 @@ def _make_converter() -> cattrs.Converter:
     return converter
 
 
-_FACTORY = type(attrs.Factory(dict))
 _CONVERTER = _make_converter()
 
 
@@ -169,7 +168,7 @@ def describe(cls: type) -> list[dict[str, Any]]:
     rows = []
     for attribute in attrs.fields(cls):
         default: Any = attribute.default
-        if isinstance(default, _FACTORY):
+        if hasattr(default, "factory"):  # attrs.Factory
             default = default.factory()
         rows.append(
             {

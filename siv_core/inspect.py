@@ -54,7 +54,7 @@ def parameters(built: Built) -> dict[str, dict[str, int]]:
 
 
 def flops(built: Built, plan: StagePlan) -> int:
-    """Floating-point operations of one step, a multiply-add counted as two; run on torch's meta device, which computes nothing."""
+    """Floating-point operations of one step, a multiply-add counted as two; torch's meta device computes nothing."""
     modules = {name: copy.deepcopy(module).to("meta") for name, module in built.modules.items()}
     loss = built.reconstruction
     reconstruction = copy.deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss

@@ -121,9 +121,12 @@ def make_nets(
 
         return decode
 
-    wrap = {"encoder": encoder, "decoder": decoder}
-    nets = {name: wrap.get(name.partition("@")[0], lambda module: module)(module) for name, module in modules.items()}
-    return {**nets, "reconstruction": reconstruction}
+    wrap: dict[str, Callable[..., Any]] = {"encoder": encoder, "decoder": decoder}
+    nets: dict[str, Any] = {"reconstruction": reconstruction}
+    for name, module in modules.items():
+        kind = name.partition("@")[0]  # a shadow is called as its player is
+        nets[name] = wrap[kind](module) if kind in wrap else module
+    return nets
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

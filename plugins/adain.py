@@ -1,0 +1,174 @@
+"""Network `adain`: two encoders and an AdaIN decoder, for translating content between classes.
+
+Architecture of LORD (Gabbay & Hoshen 2020) with Gaussian heads, as Soft-IntroVAE uses it (Daniel & Tamar 2021, sections 6.4 and
+9.3). The class code reaches the image only through AdaIN, the content code only through the first layer: that is the whole
+inductive bias. The paper names four encoder convolutions; LORD's code, and this one by default, has five.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from siv_core import Component, Gaussian, Networks, Spec, UserError, hookimpl, option
+
+CLASS, CONTENT = "class", "content"
+
+
+@frozen
+class AdaINConfig:
+    dims: dict[str, int] = option({CLASS: 256, CONTENT: 128}, doc="dimensions of the class and the content code", ge=1)
+    encoder_channels: tuple[int, ...] = option(
+        (64, 128, 256, 256, 256), doc="of the encoders' convolutions; all but the first halve the size", ge=1
+    )
+    encoder_hidden: tuple[int, ...] = option((256, 256), doc="units of the encoders' hidden linear layers", ge=1)
+    stem_kernel: int = option(7, doc="odd kernel size of the encoders' first convolution", ge=1, le=15)
+    decoder_channels: tuple[int, ...] = option((256, 256, 256, 256), doc="of the decoder's blocks, each doubling the size", ge=1)
+    output_channels: int = option(64, doc="between the decoder's last two convolutions", ge=1)
+    output_kernels: tuple[int, int] = option((5, 7), doc="odd kernel sizes of the decoder's last two convolutions", ge=1, le=15)
+    slope: float = option(0.01, doc="of the leaky ReLUs; LORD's TensorFlow code has 0.3", ge=0, lt=1)
+    scale: str = option("direct", doc="AdaIN multiplies by scale, or by 1 + scale", choices=("direct", "one_plus"))
+    output: str = option("sigmoid", doc="last activation; sigmoid maps onto the value range", choices=("sigmoid", "linear"))
+
+
+class Encoder(nn.Module):
+    """x [N, C, H, W] to one Gaussian code: convolutions, then linear layers. No normalisation."""
+
+    def __init__(self, channels: tuple[int, ...], widths: tuple[int, ...], stem_kernel: int, slope: float) -> None:
+        super().__init__()
+        stem = nn.Conv2d(channels[0], channels[1], stem_kernel, padding=stem_kernel // 2)
+        down = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels[1:])]
+        self.convolutions = nn.ModuleList([stem, *down])
+        self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Gaussian:
+        for layer in self.convolutions:
+            x = F.leaky_relu(layer(x), self.slope)
+        h = x.flatten(1)
+        *hidden, head = self.linear
+        for layer in hidden:
+            h = F.leaky_relu(layer(h), self.slope)
+        mu, logvar = head(h).chunk(2, dim=1)
+        return Gaussian(mu, logvar)
+
+
+class TwoEncoders(nn.Module):
+    """Equal encoders without shared weights, one a latent group."""
+
+    def __init__(self, encoders: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for group, encoder in encoders.items():
+            self.add_module(group, encoder)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Gaussian]:
+        return {group: encoder(x) for group, encoder in self.named_children()}
+
+
+class AdaINDecoder(nn.Module):
+    """Content code through linear layers to a small map; blocks of upsample, convolution, leaky ReLU, AdaIN; two convolutions."""
+
+    def __init__(
+        self,
+        dims: dict[str, int],
+        channels: tuple[int, ...],
+        bottom: tuple[int, int],
+        output: tuple[tuple[int, int], tuple[int, int]],
+        slope: float,
+        one_plus: bool,
+        value_range: tuple[float, float] | None,
+    ) -> None:
+        super().__init__()
+        height, width = bottom
+        flat = channels[0] * height * width
+        widths = (dims[CONTENT], max(1, flat // 8), max(1, flat // 4), flat)
+        self.content = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        before = (channels[0], *channels[:-1])
+        self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(before, channels, strict=True))
+        self.modulation = nn.ModuleList(nn.Linear(dims[CLASS], 2 * c) for c in channels)
+        inputs = (channels[-1], output[0][0])
+        self.output = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, (b, k) in zip(inputs, output, strict=True))
+        self.bottom, self.slope, self.one_plus, self.value_range = bottom, slope, one_plus, value_range
+
+    def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None, noise: None = None) -> Tensor:
+        h = codes[CONTENT]
+        for layer in self.content:
+            h = F.leaky_relu(layer(h), self.slope)
+        x = h.unflatten(1, (-1, *self.bottom))
+        for convolution, modulation in zip(self.blocks, self.modulation, strict=True):
+            x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2.0, mode="nearest")), self.slope)
+            x = self.adain(x, modulation(codes[CLASS]))
+        wide, last = self.output
+        x = last(F.leaky_relu(wide(x), self.slope))
+        if self.value_range is None:
+            return x
+        low, high = self.value_range
+        return low + (high - low) * torch.sigmoid(x)
+
+    def adain(self, x: Tensor, parameters: Tensor) -> Tensor:
+        """Instance-normalise x [N, C, H, W] and give it the offset and scale in `parameters` [N, 2C], interleaved by channel."""
+        offset, scale = parameters.unflatten(1, (-1, 2))[..., None, None].unbind(2)  # [N, C, 1, 1] each
+        variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+        scale = 1 + scale if self.one_plus else scale
+        return (x - mean) * (scale * torch.rsqrt(variance + 1e-5)) + offset
+
+
+def build(config: AdaINConfig, spec: Spec) -> Networks:
+    check(config, spec)
+    channels, height, width = spec.shape
+    shrink = 2 ** (len(config.encoder_channels) - 1)
+    flat = config.encoder_channels[-1] * (height // shrink) * (width // shrink)
+    encoders = {
+        group: Encoder(
+            (channels, *config.encoder_channels), (flat, *config.encoder_hidden, 2 * dim), config.stem_kernel, config.slope
+        )
+        for group, dim in config.dims.items()
+    }
+    grow = 2 ** len(config.decoder_channels)
+    decoder = AdaINDecoder(
+        dims=config.dims,
+        channels=config.decoder_channels,
+        bottom=(height // grow, width // grow),
+        output=((config.output_channels, config.output_kernels[0]), (channels, config.output_kernels[1])),
+        slope=config.slope,
+        one_plus=config.scale == "one_plus",
+        value_range=spec.value_range if config.output == "sigmoid" else None,
+    )
+    return Networks(TwoEncoders(dict(encoders)), decoder, groups=dict(config.dims), translate=(CLASS, CONTENT))
+
+
+def check(config: AdaINConfig, spec: Spec) -> None:
+    """A `UserError` for whatever does not fit this data."""
+    problems = []
+    if spec.kind != "image":
+        raise UserError(f"network 'adain' is for images, this data has shape {spec.shape}: use mlp")
+    if spec.conditional:
+        problems.append("network 'adain' takes no labels: leave train.conditional out")
+    if config.dims.keys() != {CLASS, CONTENT}:
+        problems.append(f"network.dims: needs the groups {CLASS} and {CONTENT}, got {', '.join(config.dims) or 'none'}")
+    for name, halvings in (("encoder", len(config.encoder_channels) - 1), ("decoder", len(config.decoder_channels))):
+        if any(size % 2**halvings for size in spec.shape[1:]):
+            size = "x".join(map(str, spec.shape[1:]))
+            problems.append(f"network.{name}_channels: images of {size} cannot be halved {halvings} times; give fewer channels")
+    if any(kernel % 2 == 0 for kernel in (config.stem_kernel, *config.output_kernels)):
+        problems.append("network: stem_kernel and output_kernels must be odd")
+    if problems:
+        raise UserError(problems)
+
+
+@hookimpl
+def siv_components() -> list[Component]:
+    return [
+        Component(
+            "network",
+            "adain",
+            AdaINConfig,
+            build,
+            "class and content encoder, AdaIN decoder: image translation",
+            "arXiv:1906.11796",
+        )
+    ]

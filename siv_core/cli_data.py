@@ -1,0 +1,86 @@
+"""`siv data`: what there is, fetching, preparing, checking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from siv_core.cli_common import PATH, json_option, print_json, screen
+from siv_core.errors import UserError
+
+
+@click.group()
+def data() -> None:
+    """Data sets: what there is, fetching, preparing, checking."""
+
+
+@data.command("ls")
+@json_option
+def data_ls(as_json: bool) -> None:
+    """List the data sets and whether they are at hand."""
+    from siv_core import catalogue, files
+    from siv_core.console import Screen
+
+    known = catalogue.load()
+    rows = []
+    for name in known.names("dataset"):
+        component: Any = known.get("dataset", name)
+        try:
+            lacking = component.build(component.config()).missing()
+        except TypeError:  # a set with options that have no default is somebody's own file
+            lacking = "needs options; see `siv describe dataset " + name + "`"
+        rows.append({"name": name, "summary": component.summary, "state": lacking or "at hand, or made when it is needed"})
+    if as_json:
+        print_json({"root": str(files.data_root()), "datasets": rows})
+        return
+    out = Screen()
+    out.say(f"data root: {files.data_root()} (SIV_DATA sets another)")
+    out.table("Data sets", ("name", "summary", "state"), [tuple(row.values()) for row in rows])
+
+
+@data.command("fetch")
+@click.argument("name")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set.")
+def data_fetch(name: str, sets: tuple[str, ...]) -> None:
+    """Download the data set NAME from its source, where it has one."""
+    watcher = screen()
+    from siv_core import session
+
+    fetch = getattr(session.dataset_by_name(name, sets), "fetch", None)
+    if fetch is None:
+        raise UserError(f"data '{name}' is not downloaded: it comes with a package or is made by `siv data prepare {name}`")
+    fetch(watcher.progress)
+    watcher.say(f"data {name} is at hand")
+
+
+@data.command("prepare")
+@click.argument("name")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set, such as size=32.")
+def data_prepare(name: str, sets: tuple[str, ...]) -> None:
+    """Make the files the data set NAME is read from."""
+    watcher = screen()
+    from siv_core import session
+
+    found: Any = session.dataset_by_name(name, sets)
+    lacking = found.missing()
+    if lacking:
+        raise UserError(f"data '{name}' is not at hand: {lacking}")
+    found.prepare(watcher.progress)
+    watcher.say(f"data {name} is ready: fingerprint {found.fingerprint()}")
+
+
+@data.command("check")
+@click.argument("path", type=PATH)
+@json_option
+def data_check(path: Path, as_json: bool) -> None:
+    """Read every byte of the data file PATH and say what is in it."""
+    from siv_core import datafile
+    from siv_core.console import Screen
+
+    report = datafile.check(path)
+    if as_json:
+        print_json(report)
+    else:
+        Screen().table(str(path), ("", ""), [(key, str(value)) for key, value in report.items()])

@@ -1,0 +1,244 @@
+"""The conformance kit: what siv's own tests ask of every component, for plugin authors to ask of theirs.
+
+    from siv_core.testing import check_component
+    check_component(siv_mine.siv_components()[0])
+
+Each check raises `AssertionError` with a sentence about what the contract says and what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from siv_core import convert
+from siv_core.component import Component
+from siv_core.latents import Gaussian, means
+from siv_core.players import Priors, make_nets, sources
+from siv_core.protocols import Batch, Networks, Objective, Spec
+from siv_core.seeding import Streams, normal, stream_seed
+from siv_core.trainer import tensors_of
+
+N = 4  # samples of a check
+IMAGES = Spec(shape=(3, 32, 32), classes=5, factors={"one": 2, "two": 2})
+
+
+def check_component(component: Component, config: Any = None, spec: Spec = IMAGES) -> None:
+    """Check a component of any kind but `dataset` and `metric`, whose contracts need data: see `check_dataset`."""
+    convert.describe(component.config)
+    config = default_config(component) if config is None else config
+    if component.kind == "network":
+        check_network(build_seeded(component, config, spec), spec)
+    elif component.kind == "reconstruction":
+        check_reconstruction(build_seeded(component, config, spec), spec)
+    elif component.kind == "prior":
+        check_prior(build_seeded(component, config, 6, spec), 6, spec)
+    elif component.kind == "objective":
+        check_objective(component.build(config, spec, {"a": 3, "b": 2}), spec)
+
+
+def default_config(component: Component) -> Any:
+    """The config with every default; a component whose options have none is checked with a config that is given."""
+    needed = [a.name for a in attrs.fields(component.config) if a.default is attrs.NOTHING]
+    assert not needed, f"{component.kind} {component.name}: give a config, these options have no default: {needed}"
+    return component.config()
+
+
+def build_seeded(component: Component, *arguments: Any) -> Any:
+    """Build under a seed, leaving the global random state alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return component.build(*arguments)
+
+
+def example(spec: Spec, n: int = N) -> Tensor:
+    """Data of this spec: uniform over its value range."""
+    low, high = spec.value_range
+    return low + (high - low) * torch.rand(n, *spec.shape, generator=torch.Generator().manual_seed(0))
+
+
+def check_network(networks: Networks, spec: Spec) -> None:
+    """Shapes, groups, finite values and gradients, the same result twice, and no call of a global random function."""
+    x, labels = example(spec), torch.arange(N) % (spec.classes or 1) if spec.conditional else None
+    state = torch.random.get_rng_state()
+    nets = make_nets({"encoder": networks.encoder, "decoder": networks.decoder}, torch.sub)
+    q = nets["encoder"](x, labels)
+    assert q.keys() == networks.groups.keys(), f"groups {list(networks.groups)} are declared, the encoder gives {list(q)}"
+    for group, dim in networks.groups.items():
+        assert q[group].mu.shape == q[group].logvar.shape == (N, dim), f"group {group}: mu and logvar must be [N, {dim}]"
+    draw = getattr(networks.decoder, "draw", None)
+    noise = draw(N, torch.Generator().manual_seed(0)) if draw else None
+    y = nets["decoder"](means(q), labels, noise)
+    assert y.shape == x.shape, f"the decoder gives {list(y.shape)} for data of {list(x.shape)}"
+    again = nets["decoder"](means(nets["encoder"](x, labels)), labels, noise)
+    assert torch.equal(y, again), "the same input gave another output: draw noise in `draw`, never in `forward`"
+    assert torch.equal(state, torch.random.get_rng_state()), "a global random function was called"
+    loss = y.square().sum() + sum(g.mu.square().sum() + g.logvar.square().sum() for g in q.values())
+    for player, module in (("encoder", networks.encoder), ("decoder", networks.decoder)):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
+        for (name, _), gradient in zip(named, gradients, strict=True):
+            assert gradient is not None, f"{player}.{name}: no gradient reaches it"
+            assert gradient.isfinite().all(), f"{player}.{name}: its gradient is not finite"
+    if networks.translate:
+        assert set(networks.translate) <= networks.groups.keys(), f"translate {networks.translate} names unknown groups"
+
+
+def check_reconstruction(loss: Any, spec: Spec) -> None:
+    """One finite number a sample, 0 for equal images, more for different ones, and the gradient of y."""
+    if getattr(loss, "missing", lambda: None)():
+        return  # its weights are not at hand
+    getattr(loss, "prepare", lambda: None)()
+    x, y = example(spec), example(spec, 2 * N)[N:].requires_grad_()
+    value = loss(x, y)
+    assert value.shape == (N,), f"a reconstruction loss gives [N], not {list(value.shape)}"
+    assert value.isfinite().all(), "not finite"
+    assert (value > loss(x, x)).all(), "different images must cost more than equal ones"
+    assert torch.autograd.grad(value.sum(), y)[0].isfinite().all(), "the gradient of y is not finite"
+
+
+def check_prior(prior: Any, dim: int, spec: Spec) -> None:
+    """Samples and densities of the right shape, a KL that is the sampled one, and `detach` that stops gradients."""
+
+    def encode(x: Tensor) -> Gaussian:
+        flat = x.flatten(1)[:, :dim]
+        return Gaussian(flat, flat - 1)
+
+    generator = torch.Generator().manual_seed(stream_seed(0, "test"))
+    if hasattr(prior, "start"):
+        prior.start(iter([example(spec, 64)]), encode)
+    distribution = prior.realise(encode)
+    draw = getattr(prior, "draw", None)
+    noise = draw(512, generator) if draw else normal(512, dim, generator)
+    z = distribution.sample(noise)
+    assert z.shape == (512, dim), f"sample gives {list(z.shape)}, not [N, {dim}]"
+    assert distribution.log_prob(z).shape == (512,), "log_prob gives [N]"
+    q = encode(example(spec, 512))
+    draw_kl = getattr(prior, "draw_kl", None)
+    value = distribution.kl(q, draw_kl(512, generator) if draw_kl else None)
+    assert value.shape == (512,), "kl gives [N]"
+    points = q.mu + torch.randn(q.mu.shape, generator=generator) * (0.5 * q.logvar).exp()
+    log_q = torch.distributions.Normal(q.mu, (0.5 * q.logvar).exp()).log_prob(points).sum(dim=1)
+    difference = (value - (log_q - distribution.log_prob(points))).detach()
+    error = 6 * difference.std() / 512**0.5 + 1e-3
+    assert difference.mean().abs() < error, f"kl is off by {difference.mean():.3g} nats from log q − log p of samples"
+    assert not distribution.detach().log_prob(z.detach()).requires_grad, "after detach no gradient may reach the prior"
+
+
+def check_objective(objective: Objective, spec: Spec) -> None:
+    """Every phase gives a finite mean of [N] terms and a gradient for each player it updates, on a two-group toy model."""
+    networks, priors = toy_networks(spec), Priors({"a": _toy_prior(), "b": _toy_prior()})
+    noise = objective.draw(N, Streams(0, 0), sources(networks.groups, priors, networks.decoder))
+    check_rows(noise, N)
+    modules = {"encoder": networks.encoder, "decoder": networks.decoder, "prior": priors}
+    shadows = {f"{shadow.of}@{shadow.name}": modules[shadow.of] for shadow in objective.shadows}
+    nets = make_nets({**modules, **shadows}, lambda x, y: (x - y).square().flatten(1).sum(dim=1))
+    carry: dict[str, Any] = {}
+    coeffs = tensors_of(objective.coeffs, torch.device("cpu"))
+    for phase in objective.phases:
+        loss, terms, carry = phase.loss(nets, Batch(example(spec)), noise, coeffs, carry)
+        assert loss.ndim == 0, f"phase {phase.name}: its loss is a 0-dim mean"
+        assert loss.isfinite(), f"phase {phase.name}: its loss is not finite"
+        assert terms, f"phase {phase.name}: gives no terms"
+        for name, value in terms.items():
+            assert value.shape == (N,), f"phase {phase.name}: term {name} is {list(value.shape)}, not [N]"
+        for player in phase.updates:
+            parameters = list(modules[player].parameters())
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if parameters else ()
+            assert all(g is not None for g in gradients), f"phase {phase.name} updates {player}, which gets no gradient"
+        assert not any(leaf.requires_grad for leaf in leaves(carry)), f"phase {phase.name}: what it carries is not detached"
+
+
+def check_dataset(dataset: Any) -> None:
+    """A data set that is at hand: both splits, their shapes, types and ranges; the same rows when asked again."""
+    assert dataset.missing() is None, f"not at hand: {dataset.missing()}"
+    dataset.prepare(lambda what, done, total: None)
+    spec, seen = dataset.spec, []
+    for split in ("train", "held_out"):
+        rows = dataset.rows(split)
+        assert len(rows), f"split {split} is empty"
+        assert rows.x.dtype in (torch.uint8, torch.float32), f"rows are uint8 or float32, not {rows.x.dtype}"
+        assert rows.x.shape[1] == spec.shape[0], f"rows have {rows.x.shape[1]} channels, the spec says {spec.shape[0]}"
+        at = rows.at(torch.arange(len(rows)))
+        seen.append(set(at.tolist()))
+        if rows.factors is not None:
+            assert rows.factors.shape == (len(rows.x), len(spec.factors)), "factors are [M, F], a column for each of the spec's"
+            for column, (name, size) in enumerate(spec.factors.items()):
+                assert rows.factors[:, column].max() < size, f"factor {name} goes beyond its {size} values"
+        if rows.labels is not None and spec.classes:
+            assert rows.labels.max() < spec.classes, f"labels go beyond the {spec.classes} classes"
+    assert not seen[0] & seen[1], "an image is in both splits"
+    assert dataset.fingerprint() == dataset.fingerprint() != "", "the fingerprint changes from call to call"
+
+
+def check_rows(noise: Any, n: int) -> None:
+    """Every tensor of a noise tree has one row a sample."""
+    for leaf in leaves(noise):
+        assert len(leaf) == n, f"noise of shape {list(leaf.shape)} does not have {n} rows"
+
+
+def leaves(tree: Any) -> Iterable[Tensor]:
+    """The tensors of a tree."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from leaves(value)
+    elif isinstance(tree, tuple):
+        for value in tree:
+            yield from leaves(value)
+
+
+class _ToyEncoder(torch.nn.Module):
+    def __init__(self, inputs: int, groups: dict[str, int]) -> None:
+        super().__init__()
+        self.heads = torch.nn.ModuleDict({group: torch.nn.Linear(inputs, 2 * dim) for group, dim in groups.items()})
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Gaussian]:
+        return {group: Gaussian(*head(x.flatten(1)).tanh().chunk(2, dim=1)) for group, head in self.heads.items()}
+
+
+class _ToyDecoder(torch.nn.Module):
+    def __init__(self, shape: tuple[int, ...], groups: dict[str, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.linear = torch.nn.Linear(sum(groups.values()), int(torch.tensor(shape).prod()))
+
+    def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None, noise: Any = None) -> Tensor:
+        return self.linear(torch.cat(list(codes.values()), dim=1)).sigmoid().unflatten(1, self.shape)
+
+
+def toy_networks(spec: Spec, groups: dict[str, int] | None = None, dtype: torch.dtype = torch.float32) -> Networks:
+    """A small smooth model with any latent groups, for tests of objectives and trainers."""
+    groups = groups or {"a": 3, "b": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = int(torch.tensor(spec.shape).prod())
+        return Networks(_ToyEncoder(inputs, groups).to(dtype), _ToyDecoder(spec.shape, groups).to(dtype), groups)
+
+
+class _ToyPrior(torch.nn.Module):
+    def realise(self, encode: Any) -> _ToyPrior:
+        return self
+
+    def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        return noise
+
+    def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1)
+
+    def kl(self, q: Gaussian, noise: Any) -> Tensor:
+        from siv_core.latents import kl_standard
+
+        return kl_standard(q)
+
+    def detach(self) -> _ToyPrior:
+        return self
+
+
+def _toy_prior() -> torch.nn.Module:
+    return _ToyPrior()
