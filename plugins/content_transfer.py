@@ -21,10 +21,11 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siv_core import feed, files, latents
+from siv_core import feed, files
 from siv_core.component import Component, option
 from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
+from siv_core.latents import Codes
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
 from siv_core.seeding import stream_seed
@@ -181,7 +182,7 @@ class ContentTransfer:
         codes = self._encode(model, rows, progress)
         mean = self._mean(train, progress).to(model.device)
         targets = torch.arange(len(rows)).repeat_interleave(self.config.pairs)
-        found: dict[str, list[Tensor]] = defaultdict(list)
+        sums: dict[str, float] = defaultdict(float)  # plain numbers: small tensors kept between the batches' large ones cost GBs
 
         def stored(positions: Tensor) -> Tensor:
             return self._unit(feed.images(rows, positions, self.spec, model.device))
@@ -189,7 +190,7 @@ class ContentTransfer:
         def compare(variant: str, image: Tensor, truth: Tensor, done: int) -> None:
             for name, distance in distances.items():
                 progress(WHAT, done, len(targets) + len(rows))
-                found[name + variant].append(distance(image, truth).double().cpu())
+                sums[name + variant] += float(distance(image, truth).double().sum())
 
         for at in torch.arange(len(targets)).split(self.config.batch):
             done, truth = int(at[0]), stored(targets[at])
@@ -203,7 +204,7 @@ class ContentTransfer:
         for at in torch.arange(len(rows)).split(self.config.batch):
             truth = stored(at)
             compare(".mean_image", mean.expand_as(truth), truth, len(targets) + int(at[0]))
-        means = {name: float(torch.cat(parts).mean()) for name, parts in found.items()}
+        means = {name: total / len(rows if "mean_image" in name else targets) for name, total in sums.items()}
         return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train), identity))
 
     def _sources(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -236,12 +237,14 @@ class ContentTransfer:
                 skipped[name] = str(error)
         return distances, skipped, identity
 
-    def _encode(self, model: Model, rows: Rows, progress: Progress) -> latents.Codes:
-        parts: list[latents.Codes] = []
-        for x in feed.batches(rows, self.spec, self.config.batch, model.device):
-            progress(f"{WHAT}: encoding", len(parts) * self.config.batch, len(rows))
-            parts.append(latents.means(model.encode(x)))
-        return {group: torch.cat([part[group] for part in parts]) for group in self.translate}
+    def _encode(self, model: Model, rows: Rows, progress: Progress) -> Codes:
+        codes = {group: torch.empty(len(rows), model.groups[group], device=model.device) for group in self.translate}
+        for at in torch.arange(len(rows)).split(self.config.batch):
+            progress(f"{WHAT}: encoding", int(at[0]), len(rows))
+            q = model.encode(feed.images(rows, at, self.spec, model.device))
+            for group, kept in codes.items():
+                kept[at] = q[group].mu
+        return codes
 
     def _mean(self, train: Rows, progress: Progress) -> Tensor:
         total = torch.zeros(self.spec.shape, dtype=torch.float64)

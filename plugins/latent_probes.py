@@ -14,10 +14,11 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from siv_core import feed, latents
+from siv_core import feed
 from siv_core.component import Component, option
 from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
+from siv_core.latents import Codes
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
 
@@ -97,15 +98,16 @@ class LatentProbes:
             factors[POSE] = torch.stack(others).unique(dim=1, return_inverse=True)[1]
         return factors
 
-    def _encode(self, model: Model, rows: Rows, progress: Progress) -> latents.Codes:
+    def _encode(self, model: Model, rows: Rows, progress: Progress) -> Codes:
         """Posterior means of all groups, on the CPU: there the order of neighbours does not depend on the device."""
-        parts: list[latents.Codes] = []
+        codes = {group: torch.empty(len(rows), dim) for group, dim in model.groups.items()}
         for at in torch.arange(len(rows)).split(self.config.batch):
             progress(f"{WHAT}: encoding", int(at[0]), len(rows))
             labels = rows.labels[rows.at(at)].to(model.device) if model.spec.conditional and rows.labels is not None else None
             q = model.encode(feed.images(rows, at, self.spec, model.device), labels)
-            parts.append({group: mu.float().cpu() for group, mu in latents.means(q).items()})
-        return {group: torch.cat([part[group] for part in parts]) for group in model.groups}
+            for group, kept in codes.items():
+                kept[at] = q[group].mu.to(kept)
+        return codes
 
     def _ratio(self, values: Mapping[str, Any], name: str, class_group: str, content_group: str) -> float | str:
         """How far above chance the code is that should tell this factor, over how far the other one is."""

@@ -48,7 +48,11 @@ PRESETS = {
 
 @frozen
 class VGGPerceptualConfig:
-    preset: str = option("lord", doc="whose form of the distance: see the module's text", choices=tuple(PRESETS))
+    preset: str = option(
+        "lord",
+        doc="lord: 5 layers of images in [0, 1]; normalised: as VGG was trained; glann: 4 layers of images in [−1, 1]",
+        choices=tuple(PRESETS),
+    )
     factor: float = option(0.0, doc="multiplies the distance; 0: C·H·W, so that a scale of 1/(C·H·W) gives it back", ge=0)
     weights: str = option(
         "imagenet", doc="random needs no file and is no perceptual loss: to try the machinery", choices=("imagenet", "random")

@@ -38,6 +38,7 @@ class Built:
         return {"encoder": self.networks.encoder, "decoder": self.networks.decoder, "prior": self.priors}
 
     def objective(self, plan: StagePlan) -> Objective:
+        self.shape(plan)
         built: Objective = self._build(plan.objective, self.spec, self.networks.groups)
         problems = [
             f"objective.{name}: the groups are {', '.join(self.networks.groups)}, got {', '.join(value) or 'none'}"
@@ -60,7 +61,11 @@ class Built:
 
     def shape(self, plan: StagePlan) -> tuple[int, ...]:
         """Of a sample in this stage: the data's own, or square images of the stage's `data.size`."""
-        return self.spec.shape if plan.size is None else (self.spec.shape[0], plan.size, plan.size)
+        if plan.size is None:
+            return self.spec.shape
+        if self.spec.kind != "image" or plan.size > min(self.spec.shape[1:]):
+            raise UserError(f"stages: data.size {plan.size} does not fit data of shape {list(self.spec.shape)}")
+        return (self.spec.shape[0], plan.size, plan.size)
 
     def model(self, device: torch.device, name: str = "") -> Model:
         return Model(

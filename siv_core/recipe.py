@@ -92,6 +92,13 @@ class StageOptions:
 
 
 @frozen
+class StageData:
+    """`data` inside a stage."""
+
+    size: int = option(doc="pixels a side in this stage, by area averaging", ge=1)
+
+
+@frozen
 class StagePlan:
     """What holds during one stage."""
 
@@ -348,9 +355,9 @@ class _Reader:
         over = {key: table[key] for key in STAGED if isinstance(table.get(key), dict)}
         own = {key: value for key, value in table.items() if key not in over}
         options = structure(StageOptions, own, where.rstrip(".") or "train", self.problems)
-        for key, allowed in (("train", "batch"), ("data", "size")):
-            wrong = over.get(key, {}).keys() - {allowed}
-            self.problems += [f"{where}{key}.{name}: a stage may change only {key}.{allowed}" for name in sorted(wrong)]
+        wrong = over.get("train", {}).keys() - {"batch"}
+        self.problems += [f"{where}train.{name}: a stage may change only train.batch" for name in sorted(wrong)]
+        data = structure(StageData, over["data"], f"{where}data", self.problems) if "data" in over else None
         merged = merge({key: value for key, value in tree.items() if key in STAGED}, over)
         objective = self.choice("objective", merged.get("objective"), f"{where}objective")
         optim = self.optim(merged.get("optim", {}), f"{where}optim")
@@ -362,7 +369,7 @@ class _Reader:
             objective=objective,
             optim=optim,
             batch=batch.batch if batch else tree.get("train", {}).get("batch", Train().batch),
-            size=over.get("data", {}).get("size"),
+            size=data.size if data else None,
             fade=options.fade,
             reset_optimisers=options.reset_optimisers,
         )

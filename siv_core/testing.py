@@ -110,7 +110,8 @@ def check_prior(prior: Any, dim: int, spec: Spec) -> None:
 
     generator = torch.Generator().manual_seed(stream_seed(0, "test"))
     if hasattr(prior, "start"):
-        prior.start(iter([example(spec, 64)]), encode)
+        with torch.no_grad():
+            prior.start(iter([example(spec, 64)]), encode)
     distribution = prior.realise(encode)
     draw = getattr(prior, "draw", None)
     noise = draw(512, generator) if draw else normal(512, dim, generator)

@@ -317,11 +317,14 @@ def autocast_of(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
 
 
 def tensors_of(coeffs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Numbers as 0-dim float32 tensors, tables of numbers as tables of tensors."""
-    return {
-        name: tensors_of(value, device) if isinstance(value, Mapping) else torch.tensor(float(value), device=device)
-        for name, value in coeffs.items()
-    }
+    """Numbers as 0-dim float64 tensors (which leave the type of what they multiply alone), tables as tables of tensors."""
+
+    def tensor_of(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return tensors_of(value, device)
+        return torch.tensor(float(value), dtype=torch.float64, device=device)
+
+    return {name: tensor_of(value) for name, value in coeffs.items()}
 
 
 def _add(before: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -1,0 +1,455 @@
+"""`content_transfer` with networks that know the answer, or that copy: every number is known."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from siv_plugins import content_transfer as plugin
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import vgg
+
+from siv_core import Model, Rows, Spec, UserError
+from siv_core.errors import Stopped
+from siv_core.players import Priors
+
+FACTORS = {"model": 6, "elevation": 2, "azimuth": 3}
+HELD_OUT = 4  # of the models
+NAMES = ("class", "content")
+
+
+class Grid:
+    """Every model in every view once; smooth random pictures. The rows of one table are shuffled, the splits index them."""
+
+    def __init__(self, size: int = 16, channels: int = 3, value_range: tuple[float, float] = (0.0, 1.0)) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.spec = Spec((channels, size, size), value_range=value_range, factors=FACTORS)
+        cells = torch.cartesian_prod(*(torch.arange(n) for n in FACTORS.values()))
+        self.factors = cells[torch.randperm(len(cells), generator=generator)]
+        small = torch.rand(len(cells), channels, 4, 4, generator=generator)
+        self.unit = nn.functional.interpolate(small, size=(size, size), mode="bilinear")
+        self.x = self.unit * (value_range[1] - value_range[0]) + value_range[0]
+
+    def rows(self, split: str) -> Rows:
+        held = self.factors[:, 0] >= FACTORS["model"] - HELD_OUT
+        index = torch.where(held if split == "held_out" else ~held)[0]
+        return Rows(self.x, factors=self.factors, index=index)
+
+    def missing(self) -> None:
+        return None
+
+    def prepare(self, progress: Any) -> None:
+        pass
+
+    def fingerprint(self) -> str:
+        return "grid"
+
+
+class LookUp(nn.Module):
+    """The codes of an image of the table: the number of its model, and of its view."""
+
+    def __init__(self, data: Grid) -> None:
+        super().__init__()
+        self.x, self.codes = data.x, torch.stack([data.factors[:, 0], data.factors[:, 1] * 3 + data.factors[:, 2]], 1).float()
+
+    def forward(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        found = self.codes[torch.cdist(x.flatten(1), self.x.flatten(1)).argmin(dim=1)]
+        return {name: (found[:, [i]], torch.full((len(x), 1), 9.0)) for i, name in enumerate(NAMES)}  # a sample would be far off
+
+
+class Perfect(nn.Module):
+    def __init__(self, data: Grid) -> None:
+        super().__init__()
+        self.x, self.codes = data.x, LookUp(data).codes
+
+    def forward(self, codes: dict[str, Tensor]) -> Tensor:
+        return self.x[torch.cdist(torch.cat([codes[name] for name in NAMES], 1), self.codes).argmin(dim=1)]
+
+
+class Pixels(nn.Module):
+    """Both codes are the whole image."""
+
+    def forward(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return dict.fromkeys(NAMES, (x.flatten(1), torch.zeros_like(x.flatten(1))))
+
+
+class Copy(nn.Module):
+    def __init__(self, group: str, spec: Spec, plus: float = 0.0) -> None:
+        super().__init__()
+        self.group, self.shape, self.plus = group, spec.shape, plus
+
+    def forward(self, codes: dict[str, Tensor]) -> Tensor:
+        return codes[self.group].unflatten(1, self.shape) + self.plus
+
+
+def model_of(data: Grid, encoder: nn.Module, decoder: nn.Module) -> Model:
+    groups = {name: gaussian[0].shape[1] for name, gaussian in encoder(data.x[:1]).items()}
+    return Model(encoder, decoder, Priors({}), data.spec, groups, NAMES, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine make operations this small a thousand times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def perfect(data: Grid) -> Model:
+    return model_of(data, LookUp(data), Perfect(data))
+
+
+def build(spec: Spec, **options: Any) -> Any:
+    config = plugin.ContentTransferConfig(**{"lpips": (), "pairs": 3, **options})
+    return plugin.build(config, spec, dict.fromkeys(NAMES, 1), NAMES)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def values_of(data: Grid, model: Model, **options: Any) -> dict[str, Any]:
+    return build(data.spec, **options).measure(model, data, quiet).values
+
+
+def test_a_perfect_translator() -> None:
+    data = Grid()
+    found = values_of(data, perfect(data))
+    assert found["mse"] == 0
+    assert found["mse.ratio"] == 0
+    assert found["psnr"] == pytest.approx(100)
+    assert found["ssim"] == pytest.approx(1, abs=1e-6)
+    assert all(found[f"mse.{baseline}"] > 0.001 for baseline in plugin.BASELINES)
+
+
+@pytest.mark.parametrize(("group", "baseline"), [("class", "copy_class"), ("content", "copy_content")])
+def test_a_network_that_copies_is_as_good_as_copying(group: str, baseline: str) -> None:
+    data = Grid()
+    found = values_of(data, model_of(data, Pixels(), Copy(group, data.spec)))
+    for name in ("mse", "psnr", "ssim"):
+        assert found[name] == pytest.approx(found[f"{name}.{baseline}"], rel=1e-6)
+    assert found["mse.ratio"] >= 1 - 1e-6
+
+
+def test_baselines_against_a_plain_loop() -> None:
+    data = Grid()
+    rows = data.rows("held_out")
+    factors = data.factors[rows.index].tolist()
+    x, train = data.x[rows.index].double(), data.x[data.rows("train").index].double()
+    found = values_of(data, perfect(data), pairs=300, batch=2048)
+    by_class, by_content = [], []
+    for a, target in zip(factors, x, strict=True):
+        errors = [(target - other).square().mean().item() for other in x]
+        by_class.append(np.mean([e for e, b in zip(errors, factors, strict=True) if b[0] == a[0] and b[1:] != a[1:]]))
+        by_content.append(np.mean([e for e, b in zip(errors, factors, strict=True) if b[0] != a[0] and b[1:] == a[1:]]))
+    assert found["mse.copy_class"] == pytest.approx(np.mean(by_class), rel=0.02)
+    assert found["mse.copy_content"] == pytest.approx(np.mean(by_content), rel=0.02)
+    assert found["mse.mean_image"] == pytest.approx((x - train.mean(dim=0)).square().mean().item(), rel=1e-5)
+
+
+def test_psnr_is_the_mean_of_each_images_own() -> None:
+    data = Grid()
+    data.unit *= 0.5
+    data.x = data.unit
+    shifted = perfect(data)
+    shifted.decoder.register_forward_hook(lambda module, args, x: x + 0.1)
+    found = values_of(data, shifted)
+    assert found["mse"] == pytest.approx(0.01, rel=1e-4)
+    assert found["psnr"] == pytest.approx(20, rel=1e-4)
+
+
+def test_images_are_compared_in_0_1_however_they_are_stored() -> None:
+    plain, wide, bytes_ = Grid(), Grid(value_range=(-1.0, 1.0)), Grid(value_range=(-1.0, 1.0))
+    bytes_.x = (bytes_.unit * 255).round().to(torch.uint8)
+    expected = values_of(plain, model_of(plain, Pixels(), Copy("class", plain.spec)))
+    for data, tolerance in ((wide, 1e-4), (bytes_, 0.01)):
+        found = values_of(data, model_of(data, Pixels(), Copy("class", data.spec)))
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+def test_what_a_decoder_makes_outside_the_range_is_clamped() -> None:
+    data = Grid()
+    data.x = data.x.round()
+    model = perfect(data)
+    model.decoder.register_forward_hook(lambda module, args, x: 3 * x - 1)
+    assert values_of(data, model)["mse"] == 0
+
+
+def test_the_batch_changes_nothing() -> None:
+    data = Grid()
+    model = model_of(data, Pixels(), Copy("class", data.spec))
+    expected = values_of(data, model, batch=1000)
+    for batch in (1, 7):
+        assert values_of(data, model, batch=batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_that_are_not_finite() -> None:
+    data = Grid()
+    found = values_of(data, model_of(data, Pixels(), Copy("class", data.spec, plus=math.nan)))
+    assert {found[name] for name in ("mse", "psnr", "ssim", "mse.ratio")} == {"the decoder's images are not finite"}
+    assert found["mse.copy_class"] > 0
+
+
+def test_progress_and_stopping() -> None:
+    data, told = Grid(), []
+
+    def stop(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        if what == plugin.WHAT and done > 30:
+            raise Stopped(2)
+
+    with pytest.raises(Stopped):
+        build(data.spec, batch=8).measure(perfect(data), data, stop)
+    assert {what for what, _, _ in told} == {"content transfer", "content transfer: encoding", "content transfer: mean image"}
+    assert told[-1] == (plugin.WHAT, 32, 24 * 3 + 24)
+
+
+def test_the_protocol_is_json_and_complete() -> None:
+    data = Grid()
+    protocol = build(data.spec, seed=4).measure(perfect(data), data, quiet).protocol
+    assert json.loads(json.dumps(protocol)) == protocol
+    assert protocol["pairs"] == {"targets": 24, "each": 3, "seed": 4, "batch": 128}
+    assert protocol["class"] == {"factors": ["model"], "group": "class", "source": "same class, other content"}
+    assert protocol["content"]["factors"] == ["azimuth", "elevation"]
+    assert protocol["mean_image"] == {"split": "train", "images": 12}
+
+
+# Pairs.
+
+CLASSES, CONTENTS = (cells.numpy() for cells in torch.cartesian_prod(torch.arange(5), torch.arange(4)).T)
+CELLS = [f"cell {i}" for i in range(len(CLASSES))]
+
+
+def test_sources_share_what_they_should_and_nothing_else() -> None:
+    of_class, of_content = plugin.draw_sources(CLASSES, CONTENTS, 50, 0, CELLS)
+    assert of_class.shape == of_content.shape == (20, 50)
+    assert (CLASSES[of_class] == CLASSES[:, None]).all()
+    assert (CONTENTS[of_class] != CONTENTS[:, None]).all()
+    assert (CONTENTS[of_content] == CONTENTS[:, None]).all()
+    assert (CLASSES[of_content] != CLASSES[:, None]).all()
+
+
+def test_sources_are_uniform_and_independent() -> None:
+    of_class, of_content = plugin.draw_sources(CLASSES, CONTENTS, 24_000, 0, CELLS)
+    together = np.unique(np.stack([of_class[7], of_content[7]]), axis=1, return_counts=True)[1]
+    assert len(together) == 3 * 4
+    assert together.min() > 1800  # 2000 ± 43
+    assert together.max() < 2200
+
+
+def test_the_seed_alone_decides() -> None:
+    first, again, other = (plugin.draw_sources(CLASSES, CONTENTS, 5, seed, CELLS) for seed in (1, 1, 2))
+    assert (np.stack(first) == np.stack(again)).all()
+    assert (np.stack(first) != np.stack(other)).any()
+
+
+def test_holes_in_the_grid() -> None:
+    kept = np.flatnonzero((CLASSES + CONTENTS) % 3 != 0)
+    of_class, of_content = plugin.draw_sources(CLASSES[kept], CONTENTS[kept], 20, 0, CELLS)
+    assert (CLASSES[kept][of_class] == CLASSES[kept][:, None]).all()
+    assert (CONTENTS[kept][of_content] != CONTENTS[kept][of_class]).all()
+
+
+@pytest.mark.parametrize(("dropped", "why"), [(CLASSES == 2, "its class and other"), (CONTENTS == 1, "its content and another")])
+def test_a_target_without_a_source_is_named(dropped: Any, why: str) -> None:
+    lonely = 9  # class 2, content 1
+    kept = np.flatnonzero(~dropped | (np.arange(20) == lonely))
+    names = [CELLS[i] for i in kept]
+    with pytest.raises(UserError, match=rf"held-out image \d+ \(cell 9\): no other one in the split has {why}"):
+        plugin.draw_sources(CLASSES[kept], CONTENTS[kept], 2, 0, names)
+
+
+def test_a_single_held_out_class_is_named_by_its_factors() -> None:
+    data = Grid()
+    data.factors[:, 0] = torch.where(data.factors[:, 0] == 5, 5, 0)
+    with pytest.raises(UserError, match=r"\(model 5, elevation \d, azimuth \d\): no other one in the split has its content"):
+        values_of(data, perfect(data))
+
+
+# SSIM.
+
+
+def naive_ssim(x: Tensor, y: Tensor) -> float:
+    """Window by window, weight by weight, in double precision."""
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for a, b in zip(x.double().numpy(), y.double().numpy(), strict=True):
+        for top in range(a.shape[0] - 10):
+            for left in range(a.shape[1] - 10):
+                p, q = (image[top : top + 11, left : left + 11] for image in (a, b))
+                mu_p, mu_q = (window * p).sum(), (window * q).sum()
+                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
+                covariance = (window * (p - mu_p) * (q - mu_q)).sum()
+                score = (2 * mu_p * mu_q + 1e-4) * (2 * covariance + 9e-4)
+                values.append(score / ((mu_p**2 + mu_q**2 + 1e-4) * (var_p + var_q + 9e-4)))
+    return float(np.mean(values))
+
+
+def test_ssim_against_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 2, 13, 17, generator=generator)
+    y = (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+    y[2] = 1 - x[2]
+    expected = [naive_ssim(a, b) for a, b in zip(x, y, strict=True)]
+    assert expected[2] < 0
+    assert plugin.ssim(x, y).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssim_of_constant_images() -> None:
+    x, y = torch.full((1, 1, 11, 11), 0.2), torch.full((1, 1, 11, 11), 0.6)
+    assert plugin.ssim(x, y).item() == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4), abs=1e-4)
+
+
+def test_small_images_have_no_ssim_and_no_lpips() -> None:
+    data = Grid(size=10)
+    found = values_of(data, perfect(data), lpips=("alex", "vgg"))
+    assert found["ssim"] == "images of 10 pixels are smaller than its window of 11"
+    assert found["lpips_alex"] == "takes grey or RGB images of at least 31 pixels, not 3 channels of 10"
+    assert found["lpips_vgg"] == "takes grey or RGB images of at least 16 pixels, not 3 channels of 10"
+    assert found["mse"] == 0
+    assert "ssim.copy_class" not in found
+
+
+# LPIPS.
+
+
+def trunk(backbone: str) -> nn.Sequential:
+    """torchvision's features with random weights; VGG's without the classifier, which is 500 MB."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if backbone == "alex":
+            return models.AlexNet(num_classes=1).features
+        return vgg.make_layers(vgg.cfgs["D"])
+
+
+@pytest.fixture(scope="module", params=["alex", "vgg"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, plugin.Backbone]:
+    """A data folder with a trunk in the real layout, and the entry of the table that fits its digest."""
+    root = tmp_path_factory.mktemp(request.param)
+    (root / "weights").mkdir()
+    raw = root / "raw.pth"
+    torch.save({f"features.{name}": value for name, value in trunk(request.param).state_dict().items()}, raw)
+    real = plugin.BACKBONES[request.param]
+    name = f"{real.trunk.rpartition('-')[0]}-{hashlib.sha256(raw.read_bytes()).hexdigest()[:8]}.pth"
+    raw.rename(root / "weights" / name)
+    return request.param, root, real._replace(trunk=name)
+
+
+@pytest.fixture
+def backbone(saved: tuple[str, Path, plugin.Backbone], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SIV_DATA", str(saved[1]))
+    monkeypatch.setitem(plugin.BACKBONES, saved[0], saved[2])
+    return saved[0]
+
+
+def lpips_by_hand(backbone: str, x: Tensor, y: Tensor) -> list[float]:
+    """Zhang et al. 2018, equation 1: unit-length features after five ReLUs, squared differences, weighted, averaged, summed."""
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    after = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}[backbone]
+    package = Path(str(importlib.metadata.distribution("lpips").locate_file("lpips")))
+    heads = torch.load(package / "weights" / "v0.1" / f"{backbone}.pth", map_location="cpu", weights_only=True)
+    features, totals = trunk(backbone), torch.zeros(len(x))
+    a, b = ((2 * image - 1 - shift) / scale for image in (x, y))
+    for index, layer in enumerate(features[: after[-1] + 1]):
+        a, b = layer(a), layer(b)
+        if index in after:
+            unit_a, unit_b = (f / f.square().sum(1, keepdim=True).sqrt() for f in (a, b))
+            weights = heads[f"lin{after.index(index)}.model.1.weight"]
+            totals += ((unit_a - unit_b).square() * weights).sum(dim=1).mean(dim=(1, 2))
+    return totals.tolist()
+
+
+@torch.no_grad()
+def test_lpips_is_the_papers_with_the_files_weights(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    distance, identity = plugin.lpips_distance(backbone, torch.device("cpu"))
+    assert (torch.get_rng_state() == state).all()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.rand(3, 3, 32, 32, generator=generator), torch.rand(3, 3, 32, 32, generator=generator)
+    found = distance(x, y)
+    assert found.tolist() == pytest.approx(lpips_by_hand(backbone, x, y), rel=1e-4)
+    assert found.min() > 0
+    assert distance(x, x).tolist() == [0, 0, 0]
+    grey_x, grey_y = x[:, :1], y[:, :1]
+    torch.testing.assert_close(distance(grey_x, grey_y), distance(grey_x.repeat(1, 3, 1, 1), grey_y.repeat(1, 3, 1, 1)))
+    monkeypatch.setattr(plugin, "LPIPS_PIXELS", 2 * 32 * 32)
+    torch.testing.assert_close(distance(x, y), found)
+    assert len(identity["trunk_sha256"]) == len(identity["heads_sha256"]) == 64
+
+
+def test_lpips_as_a_value(backbone: str) -> None:
+    data = Grid(size=32, channels=1)
+    metric = build(data.spec, lpips=(backbone,), pairs=1)
+    assert list(metric.needs()) == []
+    found = metric.measure(perfect(data), data, quiet)
+    name = f"lpips_{backbone}"
+    assert found.values[name] == 0
+    assert all(found.values[f"{name}.{baseline}"] > 0 for baseline in plugin.BASELINES)
+    assert found.protocol["lpips"][name]["trunk_sha256"].startswith(plugin.BACKBONES[backbone].trunk[-12:-4])
+
+
+def test_a_damaged_trunk(saved: tuple[str, Path, plugin.Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIV_DATA", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "weights" / plugin.BACKBONES[saved[0]].trunk
+    path.write_bytes((saved[1] / "weights" / saved[2].trunk).read_bytes()[:-1])
+    data = Grid(size=32)
+    metric = build(data.spec, lpips=(saved[0],))
+    (need,) = metric.needs()
+    reason = metric.measure(perfect(data), data, quiet).values[f"lpips_{saved[0]}"]
+    assert need == f"lpips_{saved[0]}: {reason}"
+    assert reason.startswith(f"{path}: damaged, its sha256 ")
+
+
+def test_without_weights_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIV_DATA", str(tmp_path))
+    data = Grid(size=32)
+    metric = build(data.spec, lpips=("alex", "vgg"))
+    needs = list(metric.needs())
+    found = metric.measure(perfect(data), data, quiet).values
+    for need, (backbone, entry) in zip(needs, plugin.BACKBONES.items(), strict=True):
+        reason = found[f"lpips_{backbone}"]
+        assert need == f"lpips_{backbone}: {reason}"
+        assert str(tmp_path / "weights" / entry.trunk) in reason
+        assert f"download https://download.pytorch.org/models/{entry.trunk} into {tmp_path / 'weights'}" in reason
+    assert found["mse"] == 0
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(
+    ("spec", "translate", "told"),
+    [
+        (Spec((3, 16, 16), factors=FACTORS), None, "needs a network with a class and a content group"),
+        (Spec((4,), kind="array", factors=FACTORS), NAMES, "needs images, the data's kind is array"),
+        (Spec((3, 16, 16), factors=FACTORS, conditional=True, classes=6), NAMES, "given labels"),
+        (Spec((3, 16, 16)), NAMES, "needs 'model' and one more; factors: none"),
+        (Spec((3, 16, 16), factors={"shape": 3, "scale": 2}), NAMES, "needs 'model' and one more; factors: shape, scale"),
+        (Spec((3, 16, 16), factors={"model": 3}), NAMES, "needs 'model' and one more; factors: model"),
+    ],
+)
+def test_what_it_cannot_measure_is_refused(spec: Spec, translate: tuple[str, str] | None, told: str) -> None:
+    with pytest.raises(UserError, match=f"metric content_transfer: .*{told}"):
+        plugin.build(plugin.ContentTransferConfig(), spec, {"class": 1, "content": 1}, translate)
+
+
+def test_a_split_without_factors() -> None:
+    data = Grid()
+    rows = data.rows("held_out")
+    data.rows = lambda split: evolve(rows, factors=None)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="empty or without factors"):
+        values_of(data, perfect(data))

@@ -1,0 +1,292 @@
+"""What later parts of the field need of the core, proven now on small components (see `toys`)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file
+from siv_core.component import per_group
+from siv_core.objectives import SoftIntroVAEConfig, build_soft_intro_vae
+from siv_core.players import Priors, make_nets, sources
+from siv_core.protocols import Batch, Spec
+from siv_core.seeding import Streams
+from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
+from siv_core.trainer import tensors_of
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
+    t = toys.trainer(catalogue, tmp_path, toys.tree())
+    active = t.enter(0, 0, 4)
+    noise = active.objective.draw(64, Streams(0, 0), active.sources)
+    batch = t.feed.take(torch.arange(64), active.shape, torch.contiguous_format)
+    carries = [{}]
+    for phase in active.objective.phases:
+        before = {name: toys.weights(t, name) for name in t.players}
+        t.play(phase, active, batch, noise, [slice(0, 64)], carries)
+        for name in t.players:
+            moved = not toys.same(before[name], toys.weights(t, name))
+            assert moved == (name in phase.updates), (phase.name, name)
+        assert all(p.grad is None for player in t.players.values() for p in player.parameters)
+
+
+def test_vamp_prior_learns_through_the_encoder_in_the_warm_up_and_rests_later(catalogue, tmp_path):
+    stages = [{"length": "3 steps", "objective": {"name": "vae"}}, {"length": "3 steps"}]
+    train = {"batch": 64, "tick": "1 steps"}
+    t = toys.trainer(catalogue, tmp_path, toys.tree(prior={"name": "vamp"}, stages=stages, train=train))
+    assert t.run() == "finished"
+    assert t.counters.step == 6
+    lines = t.rundir.read("stats")
+    assert [list(line["phases"]) for line in lines] == [["vae"]] * 3 + [["encoder", "decoder"]] * 3
+
+    t = toys.trainer(catalogue, tmp_path / "again", toys.tree(prior={"name": "vamp"}, stages=stages, train=train))
+    t.start_priors()
+    first_images = t.feed.take(t.order.take(0, 5), t.built.spec.shape, torch.contiguous_format).x
+    assert torch.equal(t.built.priors.groups["z"].pseudo_inputs, first_images)
+    start = toys.weights(t, "prior")
+    t.step(t.enter(0, 0, 3))
+    after_warm_up = toys.weights(t, "prior")
+    assert not toys.same(start, after_warm_up)
+    t.counters.step = 3
+    t.step(t.enter(1, 3, 3))
+    assert toys.same(after_warm_up, toys.weights(t, "prior"))
+
+
+def test_the_gradient_of_a_vamp_kl_reaches_the_encoder_through_the_pseudo_inputs():
+    prior = toys.Vamp(4, 3, (1, 8, 8))
+    encoder = torch.nn.Linear(64, 6)
+
+    def encode(x):
+        return toys.Gaussian(*encoder(x.flatten(1)).chunk(2, dim=1))
+
+    q = toys.Gaussian(torch.zeros(2, 3), torch.zeros(2, 3))
+    value = prior.realise(encode).kl(q, prior.draw_kl(2, torch.Generator().manual_seed(0))).sum()
+    assert torch.autograd.grad(value, encoder.bias, retain_graph=True)[0].abs().sum() > 0
+    assert not prior.realise(encode).detach().kl(q, torch.randn(2, 8, 3)).requires_grad
+
+
+@pytest.mark.parametrize("prior", [toys.Vamp(4, 3, (3, 32, 32)), toys.AffineFlow(3)], ids=["vamp", "flow"])
+def test_toy_priors_keep_the_contract(prior):
+    check_prior(prior, 3, Spec(shape=(3, 32, 32)))
+
+
+def test_flow_prior_is_a_third_player(catalogue, tmp_path):
+    recipe = toys.tree(prior={"name": "flow"}, objective={"name": "three_players", "beta_neg": 4.0}, optim={"prior": {"lr": 0.05}})
+    t = toys.trainer(catalogue, tmp_path, recipe)
+    check_objective(toys.build_three_players(SoftIntroVAEConfig(), Spec((3, 4, 4)), {"a": 3, "b": 2}), Spec((3, 4, 4)))
+    before = toys.weights(t, "prior")
+    assert t.run() == "finished"
+    assert not toys.same(before, toys.weights(t, "prior"))
+    assert t.players["prior"].optimiser.param_groups[0]["lr"] == 0.05
+    assert (tmp_path / "checkpoints/step_00000004/prior.optimiser.safetensors").exists()
+
+
+def test_bootstrap_target_is_a_shadow(catalogue, tmp_path):
+    recipe = toys.tree(objective={"name": "bootstrap", "beta_neg": 4.0, "gamma_r": 1.0})
+    t = toys.trainer(catalogue, tmp_path, recipe)
+    [target] = t.followers
+    assert target.key == "decoder@target"
+    assert toys.same(target.module.state_dict(), toys.weights(t, "decoder"))  # starts as a copy, not as noise
+    active, states = t.enter(0, 0, 4), []
+    for _ in range(4):
+        t.step(active)
+        t.counters.step += 1
+        t.counters.images_seen += 64
+        target.follow(t.players["decoder"].module, t.counters.images_seen - 64, t.counters.images_seen)
+        states.append((copy.deepcopy(target.module.state_dict()), toys.weights(t, "decoder")))
+    followed = [toys.same(shadow, decoder) for shadow, decoder in states]
+    assert followed == [False, True, False, True]  # every 128 images
+    t.save()
+    saved = load_file(tmp_path / "checkpoints/step_00000004/decoder@target.safetensors")
+    assert toys.same(saved, states[-1][0])
+
+
+def test_average_follows_by_its_half_life(catalogue, tmp_path):
+    recipe = toys.tree(shadow={"of": ["decoder"], "half_life": "64 images"})
+    t = toys.trainer(catalogue, tmp_path, recipe)
+    [average] = t.followers
+    start = toys.weights(t, "decoder")
+    assert t.run() == "finished"
+    # half-life = batch: each step is the mean of the average and the decoder, so 4 steps leave a sixteenth of the start
+    t2 = toys.trainer(catalogue, tmp_path / "again", recipe)
+    expected, active = start, t2.enter(0, 0, 4)
+    for _ in range(4):
+        t2.step(active)
+        t2.counters.step += 1
+        t2.counters.images_seen += 64
+        expected = {key: (expected[key] + value) / 2 for key, value in toys.weights(t2, "decoder").items()}
+    torch.testing.assert_close(dict(average.module.state_dict()), expected)
+
+
+def test_two_stages_with_a_fade(catalogue, tmp_path):
+    stages = [{"length": "2 steps", "data": {"size": 4}}, {"length": "8 steps", "fade": 0.5, "optim": {"lr": 1e-5}}]
+    recipe = toys.tree(network={"name": "growing"}, stages=stages, train={"batch": 64, "tick": "1 steps"})
+    t = toys.trainer(catalogue, tmp_path, recipe)
+    assert t.run() == "finished"
+    encoder, decoder = t.built.networks.encoder, t.built.networks.decoder
+    assert [stage.shape for stage in encoder.seen] == [(1, 4, 4), (1, 8, 8)]
+    assert sorted(set(decoder.fades)) == [0.25, 0.5, 0.75, 1.0]
+    assert decoder.fades == sorted(decoder.fades)
+    assert t.players["encoder"].optimiser.param_groups[0]["lr"] == 1e-5
+
+
+def test_the_fade_blends_the_data_too(catalogue, tmp_path):
+    from siv_core.feed import blend
+
+    x = torch.rand(2, 1, 8, 8)
+    half = x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(blend(x, torch.tensor(0.25)), 0.25 * x + 0.75 * half)
+
+
+def test_class_conditional_network(catalogue, tmp_path):
+    train = {"batch": 64, "length": "6 steps", "conditional": True}
+    t = toys.trainer(catalogue, tmp_path, toys.tree(train=train))
+    assert t.run() == "finished"
+    model = t.built.model(torch.device("cpu"))
+    zeros, ones = (torch.full((2,), label) for label in (0, 1))
+    assert not torch.equal(model.sample(2, labels=zeros), model.sample(2, labels=ones))
+
+
+def test_four_runs_of_a_step_stack_with_vmap():
+    """The loss is a pure function of its networks, so that vmap over their weights gives four runs at once."""
+    spec, groups = Spec(shape=(1, 4, 4)), {"class": 3, "content": 2}
+    runs = []
+    for i in range(4):
+        networks = toy_networks(spec, groups, torch.float64)
+        for module in networks[:2]:
+            for p in module.parameters():
+                p.data += 0.1 * i * torch.cos(torch.arange(p.numel(), dtype=p.dtype)).view_as(p)
+        runs.append(networks)
+    priors = Priors({group: _toy_prior() for group in groups})
+    objective = build_soft_intro_vae(SoftIntroVAEConfig(beta_neg=9.0), spec, groups)
+    noise = objective.draw(6, Streams(0, 0), sources(groups, priors, runs[0].decoder))
+    noise = torch.utils._pytree.tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) else x, noise)
+    x = torch.rand(6, *spec.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    coeffs = tensors_of(objective.coeffs, torch.device("cpu"))
+    base = {name: copy.deepcopy(getattr(runs[0], name)) for name in ("encoder", "decoder")}
+
+    def loss(moving, still, phase, carry):
+        weights = {**still, **moving}
+        nets = {name: (lambda *a, name=name, **k: functional_call(base[name], weights[name], a, k)) for name in base}
+        value, _, carry = phase.loss(make_nets({**nets, "prior": priors}, squared), Batch(x), noise, coeffs, carry)
+        return value, carry
+
+    stacked = {name: stack_module_state([getattr(run, name) for run in runs])[0] for name in base}
+    carry = {}
+    alone = [{} for _ in runs]
+    for phase in objective.phases:
+        (mover,) = phase.updates
+        moving, still = {mover: stacked[mover]}, {name: value for name, value in stacked.items() if name != mover}
+        step = grad_and_value(lambda m, s, c, phase=phase: loss(m, s, phase, c), has_aux=True)
+        gradients, (values, carry) = vmap(step)(moving, still, carry)
+        for i, run in enumerate(runs):
+            modules = {"encoder": run.encoder, "decoder": run.decoder, "prior": priors}
+            value, _, alone[i] = phase.loss(make_nets(modules, squared), Batch(x), noise, coeffs, alone[i])
+            named = dict(modules[mover].named_parameters())
+            torch.testing.assert_close(values[i], value)
+            for (name, _), gradient in zip(named.items(), torch.autograd.grad(value, list(named.values())), strict=True):
+                torch.testing.assert_close(gradients[mover][name][i], gradient)
+
+
+def squared(x, y):
+    return (x - y).square().flatten(1).sum(dim=1)
+
+
+class NoReadBack(TorchDispatchMode):
+    """Raises where a step would wait for the device to hand back a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            raise AssertionError(f"{func} in a step")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back_from_the_device(catalogue, tmp_path):
+    recipe = toys.tree(train={**toys.DIGITS["train"], "clip_gradient": 1.0}, shadow={})
+    t = toys.trainer(catalogue, tmp_path, recipe)
+    active = t.enter(0, 0, 4)
+    t.step(active)  # the first one makes the optimisers' state
+    with NoReadBack():
+        t.step(active)
+        for follower in t.followers:
+            follower.follow(t.players[follower.rule.of].module, 0, 64)
+    with pytest.raises(AssertionError, match="in a step"), NoReadBack():
+        torch.ones(1).item()
+
+
+def test_noise_does_not_depend_on_the_cut_of_the_batch(catalogue, tmp_path):
+    t = toys.trainer(catalogue, tmp_path, toys.tree())
+    active = t.enter(0, 0, 4)
+    first, again, next_step = (list(leaves(active.objective.draw(64, Streams(0, s), active.sources))) for s in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, next_step, strict=True))
+    flat = [x.flatten() for x in first]
+    assert not any(torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
+
+
+RECIPE = """
+format = 1
+[data]
+name = "digits"
+[network]
+name = "mlp"
+z_dim = 3
+hidden = [16]
+[objective]
+name = "soft_intro_vae"
+beta_neg = 4.0
+[train]
+batch = 64
+length = "12 steps"
+tick = "1 steps"
+preview = "1000 steps"
+checkpoint = "1 steps"
+keep_every = 1
+"""
+
+
+def first_moments(run, step=1):
+    folder = run / f"checkpoints/step_{step:08d}"
+    tensors = {f"{player}/{k}": v for player in ("encoder", "decoder") for k, v in load_file(folder / f"{player}.optimiser.safetensors").items()}
+    return {key: value for key, value in tensors.items() if key.endswith("exp_avg")}
+
+
+@pytest.mark.slow
+def test_cutting_a_batch_changes_nothing_but_rounding(tmp_path, monkeypatch):
+    """1 × 64, 4 × 16 accumulated and 2 × 32 in two gloo processes."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE)
+    one = [sys.executable, "-m", "siv_core.cli"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "siv_core.cli"]
+    ways = {"whole": (one, []), "accumulated": (one, ["--set", "train.micro_batch=16"]), "processes": (two, [])}
+    for name, (launcher, more) in ways.items():
+        command = [*launcher, "run", str(recipe), "--run-dir", str(tmp_path / name), "--device", "cpu", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    runs = {name: tmp_path / name for name in ways}
+    expected = first_moments(runs["whole"])
+    for name in ("accumulated", "processes"):
+        for key, value in first_moments(runs[name]).items():
+            error = (value - expected[key]).norm() / expected[key].norm()
+            assert error < 1e-5, (name, key, error)
+        for ours, theirs in zip(*(read_stats(runs[n]) for n in (name, "whole")), strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+    manifest = json.loads((runs["processes"] / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+
+
+def read_stats(run):
+    lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()][1:]
+    return [{f"{p}.{k}": v for p, values in line["phases"].items() for k, v in values.items()} for line in lines]
+
+
+def test_per_group_numbers():
+    assert per_group(2.0, {"a": 1, "b": 1}) == {"a": 2.0, "b": 2.0}
+    assert per_group({"a": 1.0}, {"a": 1, "b": 1}) == {"a": 1.0}

@@ -1,0 +1,244 @@
+"""Small components that prove the shape of the core: what each needs is cheap in it, without a special case."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+from siv_core import build, objectives
+from siv_core.catalogue import Catalogue, Owner
+from siv_core.component import Component, option
+from siv_core.latents import Gaussian, detach_posterior
+from siv_core.losses import kl, sampled_kl, weighted
+from siv_core.parallel import Parallel
+from siv_core.protocols import Networks, Objective, Phase, Shadow, Spec
+from siv_core.recipe import parse
+from siv_core.rundir import RunDir
+from siv_core.session import Silent
+from siv_core.trainer import Trainer
+from torch import nn
+from torch.nn import functional as F
+
+DIGITS = {
+    "format": 1,
+    "data": {"name": "digits"},
+    "network": {"name": "mlp", "z_dim": 3, "hidden": [16]},
+    "objective": {"name": "soft_intro_vae", "beta_neg": 4.0},
+    "train": {"batch": 64, "length": "4 steps", "tick": "2 steps", "preview": "1000 steps"},
+}
+
+
+def tree(**tables: Any) -> dict[str, Any]:
+    """The small digits recipe with these tables in place of its own; None takes one away."""
+    merged = {**DIGITS, **tables}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def with_toys(catalogue: Catalogue) -> Catalogue:
+    owner = Owner("toys", "tests", "0")
+    return evolve(catalogue, components={**catalogue.components, **{(c.kind, c.name): (c, owner) for c in TOYS}})
+
+
+def trainer(catalogue: Catalogue, folder: Path, recipe: dict[str, Any]) -> Trainer:
+    """A trainer of a recipe tree at step 0."""
+    known = with_toys(catalogue)
+    read = parse(recipe, Path("toy.toml"), b"", known, (), (), False)
+    data = build.dataset(read, known)
+    data.prepare(lambda what, done, total: None)
+    built = build.build(read, known, data)
+    return Trainer.of(built, RunDir.at(folder), torch.device("cpu"), Parallel(), Silent())
+
+
+@frozen
+class NoOptions:
+    pass
+
+
+# -- a VampPrior: the encoder inside the prior -------------------------------------------------------------------------------------
+
+
+@frozen
+class VampOptions:
+    components: int = option(5, doc="pseudo-inputs", ge=1)
+
+
+class Mixture:
+    """Equal weights, diagonal Gaussians [K, d]."""
+
+    def __init__(self, parts: Gaussian) -> None:
+        self.parts = parts
+
+    def sample(self, noise: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        mu, logvar = self.parts
+        which = (noise[:, 0] * len(mu)).long()
+        return mu[which] + noise[:, 1:] * torch.exp(0.5 * logvar[which])
+
+    def log_prob(self, z: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        mu, logvar = self.parts
+        square = (z[:, None] - mu).square() / logvar.exp()
+        each = -0.5 * (square + logvar + math.log(2 * math.pi)).sum(dim=2)
+        return torch.logsumexp(each, dim=1) - math.log(len(mu))
+
+    def kl(self, q: Gaussian, noise: torch.Tensor) -> torch.Tensor:
+        return sampled_kl(self.log_prob, q, noise)
+
+    def detach(self) -> Mixture:
+        return Mixture(Gaussian(self.parts.mu.detach(), self.parts.logvar.detach()))
+
+
+class Vamp(nn.Module):
+    def __init__(self, components: int, dim: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dim = dim
+        self.pseudo_inputs = nn.Parameter(torch.zeros(components, *shape))
+
+    def start(self, batches: Any, encode: Any) -> None:
+        self.pseudo_inputs.copy_(next(batches)[: len(self.pseudo_inputs)])
+
+    def realise(self, encode: Any) -> Mixture:
+        return Mixture(encode(self.pseudo_inputs))
+
+    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.cat([torch.rand(n, 1, generator=generator), torch.randn(n, self.dim, generator=generator)], dim=1)
+
+    def draw_kl(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(n, 8, self.dim, generator=generator)
+
+
+# -- a flow as a third player ------------------------------------------------------------------------------------------------------
+
+
+class AffineFlow(nn.Module):
+    """z = a ⊙ eps + b, learned; its own distribution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.log_a, self.b = nn.Parameter(torch.full((dim,), 0.3)), nn.Parameter(torch.full((dim,), 0.5))
+
+    def realise(self, encode: Any) -> AffineMap:
+        return AffineMap(self.log_a, self.b)
+
+
+class AffineMap:
+    def __init__(self, log_a: torch.Tensor, b: torch.Tensor) -> None:
+        self.log_a, self.b = log_a, b
+
+    def sample(self, noise: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        return noise * self.log_a.exp() + self.b
+
+    def log_prob(self, z: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        eps = (z - self.b) / self.log_a.exp()
+        return (-0.5 * (eps.square() + math.log(2 * math.pi)) - self.log_a).sum(dim=1)
+
+    def kl(self, q: Gaussian, noise: Any) -> torch.Tensor:
+        s = 2 * self.log_a
+        return 0.5 * (s - q.logvar - 1 + (q.logvar.exp() + (q.mu - self.b).square()) / s.exp()).sum(dim=1)
+
+    def detach(self) -> AffineMap:
+        return AffineMap(self.log_a.detach(), self.b.detach())
+
+
+def three_player_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
+    """The decoder's loss, and for the prior alone s Σ_g B_k KL[sg q(z|x) ‖ p]."""
+    loss, terms, carry = objectives.soft_decoder_loss(
+        nets, batch, noise, c, carry, stop_gradient="official", share_noise=True
+    )
+    prior = objectives.realise(nets, frozen=False)
+    q = detach_posterior(nets["encoder"](batch.x))
+    fit = kl(q, prior, noise["kl"]["real"])
+    total = torch.stack(list(fit.values())).sum(dim=0)
+    return loss + (c["scale"] * weighted(fit, c["beta_kl"])).mean(), {**terms, "kl_prior": total}, carry
+
+
+def build_three_players(config: Any, spec: Spec, groups: dict[str, int]) -> Objective:
+    base = objectives.build_soft_intro_vae(config, spec, groups)
+    decoder = Phase("decoder", ("decoder", "prior"), three_player_decoder_loss)
+    return evolve(base, phases=(base.phases[0], decoder))
+
+
+# -- a bootstrap target as a shadow ------------------------------------------------------------------------------------------------
+
+
+def bootstrap_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
+    """The fakes are decoded again by the target, which no gradient changes."""
+    with_target = {**nets, "decoder": Redirected(nets["decoder"], nets["decoder@target"])}
+    return objectives.soft_decoder_loss(with_target, batch, noise, c, carry, stop_gradient="official", share_noise=True)
+
+
+class Redirected:
+    """The decoder for the first two calls of the phase (x_r, x_p), the target for those after."""
+
+    def __init__(self, decoder: Any, target: Any) -> None:
+        self.calls, self.decoder, self.target = 0, decoder, target
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return (self.decoder if self.calls <= 2 else self.target)(*arguments)
+
+
+def build_bootstrap(config: Any, spec: Spec, groups: dict[str, int]) -> Objective:
+    base = objectives.build_soft_intro_vae(config, spec, groups)
+    decoder = Phase("decoder", ("decoder",), bootstrap_decoder_loss)
+    return evolve(base, phases=(base.phases[0], decoder), shadows=(Shadow("target", "decoder", copy_every_images=128),))
+
+
+# -- a network that grows ----------------------------------------------------------------------------------------------------------
+
+
+class GrowingEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 6)
+        self.seen: list[Any] = []
+
+    def set_stage(self, stage: Any) -> None:
+        self.seen.append(stage)
+
+    def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, Gaussian]:
+        assert x.shape[1:] == self.seen[-1].shape, (x.shape, self.seen[-1].shape)
+        return {"z": Gaussian(*self.linear(F.adaptive_avg_pool2d(x, 4).flatten(1)).chunk(2, dim=1))}
+
+
+class GrowingDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.refine = nn.Linear(3, 16), nn.Conv2d(1, 1, 3, padding=1)
+        self.stage: Any = None
+        self.fades: list[float] = []
+
+    def set_stage(self, stage: Any) -> None:
+        self.stage = stage
+
+    def forward(self, codes: dict[str, torch.Tensor], labels: Any = None, noise: Any = None) -> torch.Tensor:
+        x = self.linear(codes["z"]).sigmoid().unflatten(1, (1, 4, 4))
+        if self.stage.shape[1] == 8:
+            self.fades.append(self.stage.fade.item())
+            x = F.interpolate(x, scale_factor=2.0)
+            x = x + self.stage.fade * self.refine(x)
+        else:
+            x = x + 0 * self.refine(x)
+        return x
+
+
+TOYS = [
+    Component("prior", "vamp", VampOptions, lambda config, dim, spec: Vamp(config.components, dim, spec.shape), "toy"),
+    Component("prior", "flow", NoOptions, lambda config, dim, spec: AffineFlow(dim), "toy"),
+    Component("objective", "three_players", objectives.SoftIntroVAEConfig, build_three_players, "toy"),
+    Component("objective", "bootstrap", objectives.SoftIntroVAEConfig, build_bootstrap, "toy"),
+    Component(
+        "network", "growing", NoOptions, lambda config, spec: Networks(GrowingEncoder(), GrowingDecoder(), {"z": 3}), "toy"
+    ),
+]
+
+
+def weights(trainer: Trainer, player: str) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in trainer.players[player].module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
