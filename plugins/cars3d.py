@@ -247,6 +247,7 @@ class Cars3D:
 
         target = self.folder / ARCHIVE
         self.folder.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(self.folder)  # of a download that was killed
         if target.is_file() and files.digest(target, "md5") == MD5:
             return
         with files.replacing(target) as file:

@@ -55,10 +55,10 @@ def positions_by(values: Ints) -> dict[int, Ints]:
     return dict(zip(keys.tolist(), np.split(order, starts[1:]), strict=True))
 
 
-def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: list[str]) -> tuple[Ints, Ints]:
-    """Positions [T, pairs] of class and content sources: each uniform among the images that qualify, with replacement."""
+def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: list[str]) -> Ints:
+    """Positions [2, T, pairs] of class and content sources: each uniform among the images that qualify, with replacement."""
     uniform = np.random.Generator(np.random.PCG64(seed)).random((len(classes), 2, pairs))
-    sources = np.empty((len(classes), 2, pairs), dtype=np.int64)
+    sources = np.empty((2, len(classes), pairs), dtype=np.int64)
     of_class, of_content = positions_by(classes), positions_by(contents)
     for target, (a, w) in enumerate(zip(classes.tolist(), contents.tolist(), strict=True)):
         same_class, same_content = of_class[a], of_content[w]
@@ -66,8 +66,8 @@ def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: li
         for side, what in enumerate(("its class and other content", "its content and another class")):
             if not len(among[side]):
                 raise UserError(f"{WHAT}: held-out image {target} ({names[target]}): no other one in the split has {what}")
-            sources[target, side] = among[side][(uniform[target, side] * len(among[side])).astype(np.int64)]
-    return sources[:, 0], sources[:, 1]
+            sources[side, target] = among[side][(uniform[target, side] * len(among[side])).astype(np.int64)]
+    return sources
 
 
 def mse(x: Tensor, y: Tensor) -> Tensor:
@@ -194,20 +194,20 @@ class ContentTransfer:
 
         for at in torch.arange(len(targets)).split(self.config.batch):
             done, truth = int(at[0]), stored(targets[at])
-            mixed = {
-                group: codes[group][source[at].to(model.device)] for group, source in zip(self.translate, sources, strict=True)
-            }
+            chosen = zip(self.translate, sources[:, at].to(model.device), strict=True)
+            mixed = {group: codes[group][source] for group, source in chosen}
             seed = stream_seed(self.config.seed, "content_transfer", done)  # for a decoder with noise of its own
             compare("", self._unit(model.decode(mixed, seed=seed)), truth, done)
-            compare(".copy_class", stored(sources[0][at]), truth, done)
-            compare(".copy_content", stored(sources[1][at]), truth, done)
+            compare(".copy_class", stored(sources[0, at]), truth, done)
+            compare(".copy_content", stored(sources[1, at]), truth, done)
         for at in torch.arange(len(rows)).split(self.config.batch):
             truth = stored(at)
             compare(".mean_image", mean.expand_as(truth), truth, len(targets) + int(at[0]))
         means = {name: total / len(rows if "mean_image" in name else targets) for name, total in sums.items()}
         return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train), identity))
 
-    def _sources(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _sources(self, rows: Rows) -> Tensor:
+        """Positions [2, T·pairs] of class and content sources."""
         if rows.factors is None or not len(rows):
             raise UserError(f"{WHAT}: the held-out split is empty or without factors")
         factors = rows.factors[rows.at(torch.arange(len(rows)))].numpy()
@@ -216,7 +216,7 @@ class ContentTransfer:
         sizes = [size for name, size in self.spec.factors.items() if name != self.config.class_factor]
         contents = np.ravel_multi_index(tuple(np.delete(factors, column, axis=1).T), sizes)
         sources = draw_sources(factors[:, column], contents, self.config.pairs, self.config.seed, names)
-        return torch.from_numpy(sources[0].flatten()), torch.from_numpy(sources[1].flatten())
+        return torch.from_numpy(sources.reshape(2, -1))
 
     def _distances(self, device: torch.device) -> tuple[dict[str, Distance], dict[str, str], dict[str, Any]]:
         """What can be computed, why the rest cannot, and which LPIPS it is."""
@@ -286,10 +286,8 @@ def _values(means: dict[str, float]) -> dict[str, float | str]:
 def build(config: ContentTransferConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:
     if translate is None:
         raise UserError("metric content_transfer: needs a network with a class and a content group, such as adain")
-    if spec.kind != "image":
-        raise UserError(f"metric content_transfer: needs images, the data's kind is {spec.kind}")
-    if spec.conditional:
-        raise UserError("metric content_transfer: a decoder given labels (train.conditional) does not make images of codes alone")
+    if spec.kind != "image" or spec.conditional:
+        raise UserError("metric content_transfer: needs images made of codes alone: no arrays, and no train.conditional")
     if config.class_factor not in spec.factors or len(spec.factors) < 2:
         known = ", ".join(spec.factors) or "none"
         raise UserError(f"metric content_transfer: class_factor: needs '{config.class_factor}' and one more; factors: {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import types
@@ -159,7 +160,7 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
 
 def plain(value: Any) -> Any:
     """The same value as JSON types, every default written out."""
-    return _CONVERTER.unstructure(value)
+    return json.loads(json.dumps(_CONVERTER.unstructure(value)))  # tuples become lists, as they will be when read back
 
 
 def describe(cls: type) -> list[dict[str, Any]]:

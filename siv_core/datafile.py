@@ -78,6 +78,8 @@ def write(
             progress(what, len(done), count)
     finally:
         _note(images, journal, key, done)
+    if len(done) < count:
+        raise RuntimeError(f"{path}: {count - len(done)} of {count} blocks were not produced")
     table = Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split)
     _write_whole(path, table)
     partial.unlink()

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,10 +90,10 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def remove_leftovers(folder: Path, remove: Callable[[Path], None]) -> None:
-    """Hand every half-written entry of `folder` to `remove`."""
-    for entry in sorted(folder.glob(TEMPORARY + "*")):
-        remove(entry)
+def remove_leftovers(folder: Path) -> None:
+    """Take away what a killed process left half-written in `folder`."""
+    for entry in folder.glob(TEMPORARY + "*"):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def data_root() -> Path:

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +42,8 @@ class RunDir:
         """The directory the user named: made when it is not there, else it must be empty or a run."""
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is no folder")
-        if path.exists() and any(path.iterdir()) and not (path / "resolved.json").exists():
+        foreign = [entry.name for entry in path.iterdir() if not _own(entry.name)] if path.exists() else []
+        if foreign and not (path / "resolved.json").exists():
             raise UserError(f"{path}: holds files that are no siv run; name an empty or a new folder")
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)._furnish()
@@ -116,8 +116,7 @@ class RunDir:
                 if path.stat().st_size == 0:
                     path.unlink()
         for folder in (self.path, self.images, self.checkpoints):
-            for leftover in folder.glob(files.TEMPORARY + "*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            files.remove_leftovers(folder)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -128,6 +127,12 @@ class RunDir:
             except OSError as error:
                 raise UserError(f"{self.path}: another process is working on this run") from error
             yield
+
+
+def _own(name: str) -> bool:
+    """Whether a killed process may have left this before the directory was a run."""
+    early = ("images", "checkpoints", "lock", "log.txt", "recipe.toml", "manifest.json")
+    return name in early or name.startswith(files.TEMPORARY)
 
 
 def unfinished(root: Path, resolved: dict[str, Any]) -> list[Path]:

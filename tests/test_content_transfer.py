@@ -435,8 +435,8 @@ def test_without_weights_the_rest_is_measured(tmp_path: Path, monkeypatch: pytes
     ("spec", "translate", "told"),
     [
         (Spec((3, 16, 16), factors=FACTORS), None, "needs a network with a class and a content group"),
-        (Spec((4,), kind="array", factors=FACTORS), NAMES, "needs images, the data's kind is array"),
-        (Spec((3, 16, 16), factors=FACTORS, conditional=True, classes=6), NAMES, "given labels"),
+        (Spec((4,), kind="array", factors=FACTORS), NAMES, "needs images made of codes alone"),
+        (Spec((3, 16, 16), factors=FACTORS, conditional=True, classes=6), NAMES, "no train.conditional"),
         (Spec((3, 16, 16)), NAMES, "needs 'model' and one more; factors: none"),
         (Spec((3, 16, 16), factors={"shape": 3, "scale": 2}), NAMES, "needs 'model' and one more; factors: shape, scale"),
         (Spec((3, 16, 16), factors={"model": 3}), NAMES, "needs 'model' and one more; factors: model"),
