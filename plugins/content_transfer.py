@@ -6,9 +6,7 @@ The papers that print such numbers (LORD, Soft-IntroVAE §6.4) do not say how th
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import io
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -21,7 +19,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siv_core import feed, files
+from siv_core import feed, files, weights
 from siv_core.component import Component, option
 from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
@@ -110,26 +108,16 @@ BACKBONES = {
 }
 
 
-def _read(path: Path, begins: str, remedy: str) -> tuple[bytes, str]:
-    """A file's bytes and their sha256, which must begin like this."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if not sha256.startswith(begins):
-        raise UserError(f"{path}: damaged, its sha256 {sha256} does not begin with {begins}; {remedy}")
-    return data, sha256
-
-
 def read_weights(backbone: str) -> tuple[tuple[bytes, str], tuple[bytes, str]]:
     """Trunk and heads, each as bytes with their sha256."""
     trunk, heads, _ = BACKBONES[backbone]
     path = files.data_root() / "weights" / trunk
     bundled = importlib.metadata.distribution("lpips").locate_file(f"lpips/weights/v0.1/{backbone}.pth")
     return (
-        _read(path, path.stem.rpartition("-")[2], f"download https://download.pytorch.org/models/{trunk} into {path.parent}"),
-        _read(Path(str(bundled)), heads, "pip install --force-reinstall --no-deps lpips==0.1.4"),
+        weights.read(
+            path, path.stem.rpartition("-")[2], f"download https://download.pytorch.org/models/{trunk} into {path.parent}"
+        ),
+        weights.read(Path(str(bundled)), heads, "pip install --force-reinstall --no-deps lpips==0.1.4"),
     )
 
 
@@ -145,7 +133,7 @@ def lpips_distance(backbone: str, device: torch.device) -> tuple[Distance, dict[
         # on "meta" nothing is initialised: no random number is used up, and VGG's 500 MB classifier is never made
         with torch.device("meta"):
             net = lpips.LPIPS(net=backbone, version="0.1", pretrained=False, pnet_rand=True, verbose=False)
-    its, state = (torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in (trunk, heads))
+    its, state = (weights.state_dict(data, Path(backbone)) for data in (trunk, heads))
     state.update({f"net.{name}": its["features." + name.partition(".")[2]] for name in net.net.state_dict()})
     net.load_state_dict(state, strict=False, assign=True)  # not strict: lpips has its heads under two names each
     net.to(device).eval()

@@ -10,8 +10,6 @@ images normalised as VGG was trained, pixels in [0, 1]. `glann` (Hoshen et al. 2
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from siv_core import Component, Spec, UserError, files, hookimpl, option
+from siv_core import Component, Spec, UserError, files, hookimpl, option, weights
 
 FILE = "vgg16-397923af.pth"
 URL = f"https://download.pytorch.org/models/{FILE}"
@@ -82,38 +80,20 @@ def random_weights(features: nn.Sequential) -> None:
             layer.weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], str]:
-    """torchvision's state dict and the digest of the very bytes it was read from."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); get it from {URL}") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if not sha256.startswith(SHA256_BEGINS):
-        raise UserError(f"{path}: its sha256 is {sha256}, it should begin with {SHA256_BEGINS}; get the file again from {URL}")
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler lets through whatever it runs into
-        raise UserError(f"{path}: cannot be read as weights ({error})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, it should be a state dict")
-    return state, sha256
-
-
 class VGGPerceptual(nn.Module):
     """Call it with x, y in `value_range`, [N, 1 or 3, H, W]; gradient flows to both, the weights never change."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, preset: str, factor: float, value_range: tuple[float, float], weights: str, weights_file: Path) -> None:
+    def __init__(self, preset: str, factor: float, value_range: tuple[float, float], source: str, weights_file: Path) -> None:
         super().__init__()
         self.preset, self.factor, self.value_range, self.weights_file = PRESETS[preset], factor, value_range, weights_file
-        self.identity: dict[str, str | None] = {"network": "VGG-16", "preset": preset, "weights": weights, "sha256": None}
+        self.identity: dict[str, str | None] = {"network": "VGG-16", "preset": preset, "weights": source, "sha256": None}
         self.features = bare_features(self.preset.taps[-1])
         self.register_buffer("mean", torch.tensor(self.preset.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(self.preset.std)[:, None, None], persistent=False)
-        self.ready = weights == "random"
+        self.ready = source == "random"
         if self.ready:
             random_weights(self.features)
         self.eval()
@@ -127,7 +107,8 @@ class VGGPerceptual(nn.Module):
         """Load the weights; the classifier's are left where they are."""
         if self.ready:
             return
-        state, sha256 = read_weights(self.weights_file)
+        data, sha256 = weights.read(self.weights_file, SHA256_BEGINS, f"get it from {URL}")
+        state = weights.state_dict(data, self.weights_file)
         self._check(state)
         self.features.load_state_dict({name: state[f"features.{name}"] for name in self.features.state_dict()})
         self.identity["sha256"] = sha256
@@ -144,7 +125,7 @@ class VGGPerceptual(nn.Module):
             raise UserError(problems)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.ready:
+        if not self.ready and x.device.type != "meta":
             raise UserError(self.missing() or "the weights of VGG-16 are not loaded: call prepare() first")
         x, y = self._scaled(x), self._scaled(y)
         pairs = [(x, y), *zip(self._tapped(x), self._tapped(y), strict=True)]

@@ -1,0 +1,32 @@
+# Commands of daily work. `just` alone lists them.
+
+default:
+    @just --list
+
+# Install siv and what its tests need into the active environment
+init:
+    pip install -e '.[test]'
+
+# Fast tests
+test *ARGS:
+    python -m pytest {{ARGS}}
+
+# Fast and slow tests
+test-all *ARGS:
+    python -m pytest -m 'not gpu' {{ARGS}}
+
+# What CI checks beside the tests
+lint:
+    ruff check .
+    ruff format --check .
+    mypy
+    lint-imports
+
+# Put code in order
+fix:
+    ruff check --fix .
+    ruff format .
+
+# The step against a naive implementation of the same step, interleaved
+bench *ARGS:
+    python tests/bench_step.py {{ARGS}}
