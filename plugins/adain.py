@@ -23,13 +23,16 @@ CLASS, CONTENT = "class", "content"
 class AdaINConfig:
     dims: dict[str, int] = option({CLASS: 256, CONTENT: 128}, doc="dimensions of the class and the content code", ge=1)
     encoder_channels: tuple[int, ...] = option(
-        (64, 128, 256, 256, 256), doc="of the encoders' convolutions; all but the first halve the size", ge=1
+        (64, 128, 256, 256, 256), doc="of the encoders' convolutions; all but the stem halve the size", ge=1
     )
     encoder_hidden: tuple[int, ...] = option((256, 256), doc="units of the encoders' hidden linear layers", ge=1)
-    stem_kernel: int = option(7, doc="odd kernel size of the encoders' first convolution", ge=1, le=15)
+    stem_kernel: int = option(
+        7, doc="odd kernel size of the encoders' first convolution; 0: no stem, all halve the size", ge=0, le=15
+    )
     decoder_channels: tuple[int, ...] = option((256, 256, 256, 256), doc="of the decoder's blocks, each doubling the size", ge=1)
     output_channels: int = option(64, doc="between the decoder's last two convolutions", ge=1)
     output_kernels: tuple[int, int] = option((5, 7), doc="odd kernel sizes of the decoder's last two convolutions", ge=1, le=15)
+    normalise_content: bool = option(False, doc="instance-normalise the first map, which only the content code has made")
     slope: float = option(0.01, doc="of the leaky ReLUs; LORD's TensorFlow code has 0.3", ge=0, lt=1)
     scale: str = option("direct", doc="AdaIN multiplies by scale, or by 1 + scale", choices=("direct", "one_plus"))
     output: str = option("sigmoid", doc="last activation; sigmoid maps onto the value range", choices=("sigmoid", "linear"))
@@ -40,9 +43,9 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], widths: tuple[int, ...], stem_kernel: int, slope: float) -> None:
         super().__init__()
-        stem = nn.Conv2d(channels[0], channels[1], stem_kernel, padding=stem_kernel // 2)
-        down = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels[1:])]
-        self.convolutions = nn.ModuleList([stem, *down])
+        stem = [nn.Conv2d(channels[0], channels[1], stem_kernel, padding=stem_kernel // 2)] if stem_kernel else []
+        down = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels[len(stem) :])]
+        self.convolutions = nn.ModuleList([*stem, *down])
         self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.slope = slope
 
@@ -80,6 +83,7 @@ class AdaINDecoder(nn.Module):
         output: tuple[tuple[int, int], tuple[int, int]],
         slope: float,
         one_plus: bool,
+        normalise_content: bool,
         value_range: tuple[float, float] | None,
     ) -> None:
         super().__init__()
@@ -93,12 +97,15 @@ class AdaINDecoder(nn.Module):
         inputs = (channels[-1], output[0][0])
         self.output = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, (b, k) in zip(inputs, output, strict=True))
         self.bottom, self.slope, self.one_plus, self.value_range = bottom, slope, one_plus, value_range
+        self.normalise_content = normalise_content
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None, noise: None = None) -> Tensor:
         h = codes[CONTENT]
         for layer in self.content:
             h = F.leaky_relu(layer(h), self.slope)
         x = h.unflatten(1, (-1, *self.bottom))
+        if self.normalise_content:
+            x = normalised(x)
         for convolution, modulation in zip(self.blocks, self.modulation, strict=True):
             x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2.0, mode="nearest")), self.slope)
             x = self.adain(x, modulation(codes[CLASS]))
@@ -112,15 +119,18 @@ class AdaINDecoder(nn.Module):
     def adain(self, x: Tensor, parameters: Tensor) -> Tensor:
         """Instance-normalise x [N, C, H, W] and give it the offset and scale in `parameters` [N, 2C], interleaved by channel."""
         offset, scale = parameters.unflatten(1, (-1, 2))[..., None, None].unbind(2)  # [N, C, 1, 1] each
-        variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-        scale = 1 + scale if self.one_plus else scale
-        return (x - mean) * (scale * torch.rsqrt(variance + 1e-5)) + offset
+        return torch.addcmul(offset, normalised(x), 1 + scale if self.one_plus else scale)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """x [N, C, H, W] with mean 0 and variance 1 over the pixels of each sample and channel (population variance + 1e-5)."""
+    return F.group_norm(x, x.shape[1], eps=1e-5)
 
 
 def build(config: AdaINConfig, spec: Spec) -> Networks:
     check(config, spec)
     channels, height, width = spec.shape
-    shrink = 2 ** (len(config.encoder_channels) - 1)
+    shrink = 2 ** halvings(config)
     flat = config.encoder_channels[-1] * (height // shrink) * (width // shrink)
     encoders = {
         group: Encoder(
@@ -136,9 +146,15 @@ def build(config: AdaINConfig, spec: Spec) -> Networks:
         output=((config.output_channels, config.output_kernels[0]), (channels, config.output_kernels[1])),
         slope=config.slope,
         one_plus=config.scale == "one_plus",
+        normalise_content=config.normalise_content,
         value_range=spec.value_range if config.output == "sigmoid" else None,
     )
     return Networks(TwoEncoders(dict(encoders)), decoder, groups=dict(config.dims), translate=(CLASS, CONTENT))
+
+
+def halvings(config: AdaINConfig) -> int:
+    """How often the encoders halve the size."""
+    return len(config.encoder_channels) - bool(config.stem_kernel)
 
 
 def check(config: AdaINConfig, spec: Spec) -> None:
@@ -150,11 +166,11 @@ def check(config: AdaINConfig, spec: Spec) -> None:
         problems.append("network 'adain' takes no labels: leave train.conditional out")
     if config.dims.keys() != {CLASS, CONTENT}:
         problems.append(f"network.dims: needs the groups {CLASS} and {CONTENT}, got {', '.join(config.dims) or 'none'}")
-    for name, halvings in (("encoder", len(config.encoder_channels) - 1), ("decoder", len(config.decoder_channels))):
-        if any(size % 2**halvings for size in spec.shape[1:]):
+    for name, times in (("encoder", halvings(config)), ("decoder", len(config.decoder_channels))):
+        if any(size % 2**times for size in spec.shape[1:]):
             size = "x".join(map(str, spec.shape[1:]))
-            problems.append(f"network.{name}_channels: images of {size} cannot be halved {halvings} times; give fewer channels")
-    if any(kernel % 2 == 0 for kernel in (config.stem_kernel, *config.output_kernels)):
+            problems.append(f"network.{name}_channels: images of {size} cannot be halved {times} times; give fewer channels")
+    if any(kernel % 2 == 0 for kernel in (config.stem_kernel or 1, *config.output_kernels)):
         problems.append("network: stem_kernel and output_kernels must be odd")
     if problems:
         raise UserError(problems)

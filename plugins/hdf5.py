@@ -78,7 +78,6 @@ class HDF5Images:
             images = datafile.own_dataset(file, self.config.images, self.source)
             self._check(images)
             n, height, width, channels = _order(images.shape, self.config.layout)
-            labels = datafile.own_dataset(file, self.config.labels, self.source)[()] if self.config.labels in file else None
             datafile.write(
                 self.path,
                 shape=(n, channels, height, width),
@@ -86,7 +85,7 @@ class HDF5Images:
                 produce=lambda numbers: self._blocks(images, numbers),
                 progress=progress,
                 source=f"converted from {self.source.name}: {images}",
-                labels=None if labels is None else self._labels(labels, n),
+                labels=self._labels(file, n),
             )
 
     def _check(self, images: Any) -> None:
@@ -112,8 +111,10 @@ class HDF5Images:
                 block = block[:, None]
             yield number, block.transpose(0, 3, 1, 2) if self.config.layout == "NHWC" else block
 
-    def _labels(self, labels: NDArray[Any], n: int) -> NDArray[np.int64]:
-        labels = np.squeeze(labels)
+    def _labels(self, file: Any, n: int) -> NDArray[np.int64] | None:
+        if self.config.labels not in file:
+            return None
+        labels = datafile.own_dataset(file, self.config.labels, self.source)[()].reshape(-1)
         if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
             raise UserError(f"{self.source}: '{self.config.labels}' must be {n} whole numbers from 0 on, one for each image")
         return labels.astype(np.int64)
@@ -122,16 +123,13 @@ class HDF5Images:
     def _table(self) -> datafile.Table:
         return datafile.read(self.path)
 
-    @cached_property
+    @property
     def spec(self) -> Spec:
         reason = self.missing()
         if reason:
             raise UserError(reason)
         if self.path.exists():
-            shape, classes = (
-                self._table.images.shape[1:],
-                None if self._table.labels is None else int(self._table.labels.max()) + 1,
-            )
+            shape, labels = self._table.images.shape[1:], self._table.labels
             factors, value_range = self._table.factor_sizes or {}, self._table.value_range
         else:
             import h5py
@@ -139,8 +137,10 @@ class HDF5Images:
             with h5py.File(self.source, "r") as file:
                 images = datafile.own_dataset(file, self.config.images, self.source)
                 self._check(images)
-                _, height, width, channels = _order(images.shape, self.config.layout)
-            shape, classes, factors, value_range = (channels, height, width), None, {}, (0.0, 1.0)
+                n, height, width, channels = _order(images.shape, self.config.layout)
+                labels = self._labels(file, n)
+            shape, factors, value_range = (channels, height, width), {}, (0.0, 1.0)
+        classes = None if labels is None else int(labels.max()) + 1
         size = (self.config.size,) * 2 if self.config.size else shape[1:]
         if size[0] > shape[1] or size[1] > shape[2]:
             raise UserError(f"data.size: {self.config.size} is more than the {shape[1]} × {shape[2]} pixels of {self.source}")
@@ -152,13 +152,15 @@ class HDF5Images:
         table = self._table
         inside = table.split == 1 if table.split is not None else self._chosen(len(table.images))
         index = np.flatnonzero(inside if split == "held_out" else ~inside)
+        if not len(index):
+            raise UserError(f"{self.source}: no image is in the split '{split}', of {len(inside)} in all")
         arrays = (table.images, table.labels, table.factors, index)
         return Rows(*(None if array is None else torch.from_numpy(array) for array in arrays))  # type: ignore[arg-type]
 
     def _chosen(self, n: int) -> NDArray[np.bool_]:
         order = np.random.Generator(np.random.PCG64(self.config.split_seed)).permutation(n)
         inside = np.zeros(n, bool)
-        inside[order[: max(1, round(self.config.held_out * n))]] = True
+        inside[order[: min(max(1, round(self.config.held_out * n)), n - 1)]] = True
         return inside
 
     def fingerprint(self) -> str:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from siv_core import Component, Progress, Rows, Spec, datafile, files, hookimpl, option
 
 MODELS, AZIMUTHS = 183, 24
-ELEVATIONS = (0.0, 12.0, 24.0, 36.0)  # degrees
+ELEVATIONS = (0.0, 10.0, 20.0, 30.0)  # degrees
 SEED = 20201
-FRAME = 5.0  # metres across the image, the same for every model
+FRAME = 4.8  # metres across the image, the same for every model
 OVERSAMPLING = 4
 AXLES = (-0.33, 0.32)  # x as a share of the length
 
@@ -42,20 +42,20 @@ WHITE, GRILLE = (0.9, 0.9, 0.88), (0.16, 0.16, 0.17)
 AMBIENT = 0.38
 LIGHT = np.array([-0.45, 0.72, 0.53])  # right, up, towards the camera: unit length
 
-# Typical shapes, in the order of the fields of Car: length, width, height, belt (height of the window sill), nose and
+# Typical shapes; as in Cars3D, whose models were scaled to one size, lengths differ less than on the road. In the order of the fields of Car: length, width, height, belt (height of the window sill), nose and
 # tail (height of the body at its ends), hood and deck (share of the length), screen and back (runs of the windscreen and
 # the rear window), clearance, wheel (radius), windows (on a side).  SPREAD is the relative half-width about them.
 # fmt: off
 KINDS = {
-    "sedan":     (3.91, 1.77, 1.43, .93, .74, .89, .28, .17, .62, .55, .18, .32, 2.50),
-    "hatchback": (3.14, 1.70, 1.49, .94, .75, .88, .23, .04, .62, .33, .18, .30, 2.00),
-    "estate":    (4.04, 1.79, 1.49, .95, .76, .90, .27, .04, .60, .22, .18, .32, 3.50),
-    "coupe":     (3.66, 1.86, 1.22, .84, .60, .79, .34, .10, .75, .95, .15, .33, 1.50),
-    "suv":       (3.87, 1.90, 1.80, 1.14, 1.01, 1.07, .24, .04, .40, .17, .35, .41, 3.00),
-    "van":       (3.96, 1.88, 2.03, 1.12, .86, 1.07, .14, .03, .70, .08, .23, .32, 1.80),
-    "pickup":    (4.21, 1.88, 1.72, 1.07, .94, .99, .26, .40, .42, .10, .33, .41, 2.00),
-    "bus":       (4.13, 1.98, 2.25, 1.12, 1.02, 1.02, .04, .03, .22, .07, .22, .35, 4.50),
-    "micro":     (2.46, 1.52, 1.52, .92, .75, .85, .15, .05, .55, .30, .17, .27, 1.50),
+    "sedan":     (3.83, 1.77, 1.48, .93, .74, .89, .28, .17, .62, .55, .18, .32, 2.50),
+    "hatchback": (3.45, 1.70, 1.52, .94, .75, .88, .23, .04, .62, .33, .18, .30, 2.00),
+    "estate":    (3.90, 1.79, 1.52, .95, .76, .90, .27, .04, .60, .22, .18, .32, 3.50),
+    "coupe":     (3.71, 1.86, 1.33, .84, .60, .79, .34, .10, .75, .95, .15, .33, 1.50),
+    "suv":       (3.81, 1.90, 1.74, 1.14, 1.01, 1.07, .24, .04, .40, .17, .35, .41, 3.00),
+    "van":       (3.86, 1.88, 1.90, 1.12, .86, 1.07, .14, .03, .70, .08, .23, .32, 1.80),
+    "pickup":    (3.98, 1.88, 1.68, 1.07, .94, .99, .26, .40, .42, .10, .33, .41, 2.00),
+    "bus":       (3.94, 1.98, 2.06, 1.12, 1.02, 1.02, .04, .03, .22, .07, .22, .35, 4.50),
+    "micro":     (3.11, 1.52, 1.54, .92, .75, .85, .15, .05, .55, .30, .17, .27, 1.50),
 }
 SPREAD =        (.07, .06, .06, .05, .07, .06, .11, .15, .22, .35, .18, .09, .35)
 # fmt: on

@@ -93,7 +93,7 @@ def _grid(model: Model, x: Tensor, columns: int) -> pictures.Picture:
 
 def _write(folder: Path, name: str, model: Model, arrays: Mapping[str, Tensor], draw: Any, notes: list[str]) -> dict[str, Any]:
     """NAME.safetensors with the arrays and, for images, NAME.png; a name that is taken gets a number, nothing is overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     stem, number = name, 1
     while any((folder / f"{stem}{suffix}").exists() for suffix in (".safetensors", ".png")):
         number += 1

@@ -115,7 +115,10 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset) -> Built:
     players = [player for plan in recipe.stages for player in plan.optim if player and player not in PLAYERS]
     if players:
         raise UserError(f"optim.{player}: no such player{near_miss(player, PLAYERS)}" for player in dict.fromkeys(players))
-    return Built(recipe, catalogue, data, spec, networks, priors, reconstruction)
+    built = Built(recipe, catalogue, data, spec, networks, priors, reconstruction)
+    for plan in recipe.stages:
+        built.objective(plan)  # what does not fit is told now, not when the stage begins
+    return built
 
 
 def _networks(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> Networks:

@@ -85,7 +85,7 @@ def load(points: Iterable[EntryPoint] | None = None) -> Catalogue:
         else:
             try:
                 offered = _components(manager, point)
-            except Exception as error:  # whatever a stranger's module raises is told, never fatal
+            except (Exception, SystemExit) as error:  # whatever a stranger's module raises is told, never fatal
                 reason = f"{type(error).__name__}: {error}"
                 failures.append(Failure(owner, reason, details=traceback.format_exc()))
                 continue
@@ -109,7 +109,9 @@ def _components(manager: pluggy.PluginManager, point: EntryPoint) -> list[Any]:
             raise UserError("it has no function siv_components marked with siv_core.hookimpl")
         others = [plugin for plugin in manager.get_plugins() if plugin is not module]
         offered: list[list[Any]] = manager.subset_hook_caller("siv_components", others)()
-    except Exception:
+        if not offered:  # pluggy leaves out None
+            raise UserError("siv_components returned nothing; it is to return a list of Components")
+    except BaseException:
         if manager.is_registered(module) and manager.get_name(module) == point.name:
             manager.unregister(module)
         raise
@@ -119,6 +121,8 @@ def _components(manager: pluggy.PluginManager, point: EntryPoint) -> list[Any]:
 def _problem(component: Any, taken: dict[tuple[str, str], tuple[Component, Owner]]) -> str | None:
     if not isinstance(component, Component):
         return f"siv_components returned {component!r}, which is no Component"
+    if not isinstance(component.kind, str) or not isinstance(component.name, str):
+        return f"a component's kind and name must be strings, not {component.kind!r} and {component.name!r}"
     if component.kind not in KINDS:
         return f"component '{component.name}': unknown kind '{component.kind}'{near_miss(component.kind, KINDS)}"
     if not attrs.has(component.config):

@@ -7,6 +7,7 @@ import math
 import re
 import types
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, Union, get_args, get_origin
 
 import attrs
@@ -17,6 +18,7 @@ from siv_core.component import Bounds
 from siv_core.errors import near_miss
 
 CONTAINERS: tuple[Any, ...] = (tuple, list, dict)
+LARGEST = 2**63  # TOML's whole numbers are below it
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kM]?)\s+(steps?|epochs?|images?)")
 
 
@@ -30,13 +32,13 @@ class Length:
     @classmethod
     def parse(cls, text: str) -> Length:
         match = _LENGTH.fullmatch(text.strip())
-        if not match:
+        if not match or not float(match[1]):
             raise ValueError(f"""expected a length such as "400 epochs", "30000 steps" or "8M images", got {text!r}""")
         number, suffix, unit = match.groups()
         return cls(float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[suffix], unit.rstrip("s") + "s")
 
     def __str__(self) -> str:
-        return f"{self.count:.15g} {self.unit}"
+        return f"{format(Decimal(repr(self.count)), 'f').removesuffix('.0')} {self.unit}"  # no exponent: it is read again
 
     def steps(self, batch: int, epoch_images: int) -> int:
         """Whole steps, rounded up."""
@@ -61,6 +63,8 @@ def _mismatch(kind: Any, value: Any) -> ValueError:
 
 def _scalar(kind: type) -> Callable[[Any, Any], Any]:
     def structure(value: Any, _: Any) -> Any:
+        if type(value) is int and not -LARGEST <= value < LARGEST and kind in (int, float):
+            raise ValueError(f"expected {_type_name(kind)} of at most 64 bits, got one of {value.bit_length()}")
         if kind is float and type(value) in (int, float):
             if not math.isfinite(value):
                 raise ValueError(f"expected a finite number, got {value}")
@@ -84,12 +88,16 @@ def _make_converter() -> cattrs.Converter:
     converter.register_unstructure_hook(Length, str)
 
     def union(kind: Any) -> Callable[[Any, Any], Any]:
+        members = [member for member in get_args(kind) if member is not type(None)]  # a file cannot say None
+
         def structure(value: Any, _: Any) -> Any:
-            for member in get_args(kind):
+            if len(members) == 1:
+                return converter.structure(value, members[0])
+            for member in members:
                 container = {dict: dict, tuple: list}.get(get_origin(member))
                 if container is not None and isinstance(value, container):
                     return converter.structure(value, member)  # the shape fits: its own message is the better one
-            for member in get_args(kind):
+            for member in members:
                 try:
                     return converter.structure(value, member)
                 except (ValueError, cattrs.BaseValidationError):
@@ -130,7 +138,7 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
     attrs.resolve_types(cls)
     before = len(problems)
     fields = {attribute.name: attribute for attribute in attrs.fields(cls)}
-    for key in table.keys() - fields.keys():
+    for key in sorted(table.keys() - fields.keys()):
         problems.append(f"{where}.{key}: unknown key{near_miss(key, fields)}")
     values = {}
     for name, attribute in fields.items():

@@ -26,6 +26,8 @@ from siv_core.protocols import Progress, Rows
 FORMAT = 1
 BUILT_IN_FILTERS = {"gzip", "lzf", "shuffle", "fletcher32", "scaleoffset"}
 
+COLUMNS = {"labels": 1, "factors": 2, "split": 1}  # name -> number of axes
+
 Block = tuple[int, NDArray[np.uint8]]
 
 
@@ -61,7 +63,7 @@ def write(
     `produce(numbers)` yields (number, uint8 rows) for the block numbers that are still missing, in any order. `source` says what
     the rows are made from; a partial file of another source starts over.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
     count = -(-shape[0] // block)
     key = {"format": FORMAT, "source": source, "shape": list(shape), "block": block}
@@ -138,8 +140,10 @@ def read(path: Path) -> Table:
             if images.dtype != np.uint8 or images.ndim != 4 or images.chunks is not None or not images.size:
                 raise UserError(f"{path}: images must be uint8 [N, C, H, W], contiguous, not empty; it is {images}")
             shape, offset = images.shape, images.id.get_offset()
-            arrays = {name: _column(file, name, path, shape[0]) for name in ("labels", "factors", "split")}
-            sizes = _factor_sizes(file, path) if arrays["factors"] is not None else None
+            if offset is None:
+                raise UserError(f"{path}: 'images' is announced, but nothing was ever written to it")
+            arrays = {name: _column(file, name, path, shape[0], axes) for name, axes in COLUMNS.items()}
+            sizes = None if arrays["factors"] is None else _factor_sizes(file, path, arrays["factors"])
             low, high = (float(value) for value in file.attrs["value_range"])
             source, sha256 = str(file.attrs["source"]), str(file.attrs["sha256"])
     except (OSError, KeyError, ValueError, TypeError) as error:
@@ -173,7 +177,9 @@ def own_dataset(file: Any, name: str, path: Path) -> Any:
 
     if name not in file:
         raise UserError(f"{path}: has no data set '{name}'; it has: {', '.join(file) or 'nothing'}")
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+    parts = name.strip("/").split("/")
+    steps = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    if not all(isinstance(file.get(step, getlink=True), h5py.HardLink) for step in steps):
         raise UserError(f"{path}: '{name}' is a link; only data inside the file itself is read")
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
@@ -194,21 +200,24 @@ def filters_of(dataset: Any) -> list[str]:
     return [known.get(code, f"number {code}") for code in codes]
 
 
-def _column(file: Any, name: str, path: Path, n: int) -> NDArray[np.int64] | None:
+def _column(file: Any, name: str, path: Path, n: int, axes: int) -> NDArray[np.int64] | None:
     if name not in file:
         return None
     values = own_dataset(file, name, path)[()]
-    if not np.issubdtype(values.dtype, np.integer) or len(values) != n or (values < 0).any():
-        raise UserError(f"{path}: '{name}' must be {n} rows of whole numbers from 0 on, as many as there are images")
+    if not np.issubdtype(values.dtype, np.integer) or values.ndim != axes or len(values) != n or (values < 0).any():
+        rows = f"{n} rows of whole numbers from 0 on, as many as there are images, with {axes} axes"
+        raise UserError(f"{path}: '{name}' must be {rows}; it is {values.dtype} {list(values.shape)}")
     return np.ascontiguousarray(values, dtype=np.int64)
 
 
-def _factor_sizes(file: Any, path: Path) -> dict[str, int]:
+def _factor_sizes(file: Any, path: Path, values: NDArray[np.int64]) -> dict[str, int]:
     attributes = file["factors"].attrs
     names = [name.decode() if isinstance(name, bytes) else str(name) for name in attributes["names"]]
     sizes = [int(size) for size in attributes["sizes"]]
-    if len(names) != file["factors"].shape[1] or len(sizes) != len(names):
-        raise UserError(f"{path}: the attributes names and sizes of 'factors' do not fit its {file['factors'].shape[1]} columns")
+    if not len(set(names)) == len(names) == len(sizes) == values.shape[1]:
+        raise UserError(f"{path}: the attributes names and sizes of 'factors' do not fit its {values.shape[1]} columns")
+    if (values >= sizes).any():
+        raise UserError(f"{path}: 'factors' has values beyond its sizes {sizes}")
     return dict(zip(names, sizes, strict=True))
 
 

@@ -42,9 +42,11 @@ def some(data: Dataset, split: str, count: int, seed: int) -> Tensor:
 
 def reconstructions(model: Model, x: Tensor) -> pictures.Picture:
     """Originals above, their reconstructions below, `SHOWN` a row."""
-    y = model.reconstruct(x)
-    pairs = [torch.cat([a, b.to(a.device)]) for a, b in zip(x.split(SHOWN), y.split(SHOWN), strict=True)]
-    return pictures.grid(pictures.to_uint8(torch.cat(pairs), model.spec.value_range), len(pairs[0]) // 2)
+    above, below = (pictures.to_uint8(images, model.spec.value_range) for images in (x, model.reconstruct(x)))
+    columns = min(len(above), SHOWN)
+    blank = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
+    rows = [np.concatenate([half, blank]).reshape(-1, columns, *half.shape[1:]) for half in (above, below)]
+    return pictures.grid(np.stack(rows, axis=1).reshape(-1, *above.shape[1:]), columns)
 
 
 def preview(model: Model, data: Dataset, seed: int = 0) -> pictures.Picture:
@@ -110,7 +112,10 @@ def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
     for path in paths:
         try:
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+                picture = ImageOps.exif_transpose(opened)
+                if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
+                    picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+                picture = picture.convert("L" if channels == 1 else "RGB")
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             problems.append(f"{path}: no picture that can be read ({error})")
             continue

@@ -75,6 +75,14 @@ def finite_or_text(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def make_folder(path: Path) -> None:
+    """The folder and those above it, unless it is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: this folder cannot be made ({error.strerror})") from error
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's own entries, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

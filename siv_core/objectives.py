@@ -30,9 +30,9 @@ def realise(nets: Nets, *, frozen: bool) -> dict[str, Any]:
     return {group: p.detach() for group, p in prior.items()} if frozen else prior
 
 
-def terms_of(kind: str, rec: Tensor, kl: Mapping[str, Tensor]) -> Terms:
-    """Named per-sample terms: the reconstruction, the KL over all groups and, where there are several, of each."""
-    named = {f"rec_{kind}": rec, f"kl_{kind}": torch.stack(list(kl.values())).sum(dim=0)}
+def kl_terms(kind: str, kl: Mapping[str, Tensor]) -> Terms:
+    """Named per-sample KLs: over all groups and, where there are several, of each."""
+    named = {f"kl_{kind}": torch.stack(list(kl.values())).sum(dim=0)}
     if len(kl) > 1:
         named.update({f"kl_{kind}.{group}": value for group, value in kl.items()})
     return named
@@ -64,7 +64,7 @@ def vae_loss(nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str,
     x_r = nets["decoder"](latents.sample(q, noise["posterior"]), labels, noise["decoder"]["real"])
     rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
-    return loss.mean(), terms_of("real", rec, kl), carry
+    return loss.mean(), {"rec_real": rec, **kl_terms("real", kl)}, carry
 
 
 def draw_vae(n: int, streams: Streams, sources: Sources) -> Noise:
@@ -98,7 +98,7 @@ class SoftIntroVAEConfig:
     beta_neg: PerGroup = option(
         256.0, doc="B_n, weight of the KL inside the exponential: the repulsion of fakes, or a table", ge=0
     )
-    gamma_r: float = option(1e-8, doc="g, weight of the fakes' reconstruction in the decoder's loss", ge=0)
+    gamma_r: float = option(1e-8, doc="g, weight of the fakes' reconstruction in the decoder's loss; 0 leaves it out", ge=0)
     alpha: float = option(2.0, doc="of the exponential ELBO (equation 4)", gt=0)
     gamma: float = option(1.0, doc="weight of the fakes' ELBO in the decoder's loss (equation 4)", ge=0)
     scale: float = option(0.0, doc="s, multiplies every ELBO; 0: 1/(C·H·W)", ge=0)
@@ -108,16 +108,6 @@ class SoftIntroVAEConfig:
         choices=("official", "paper", "full"),
     )
     share_noise: bool = option(True, doc="both phases use the same prior noise and the same posterior sample")
-
-
-def re_encode(
-    nets: Nets, prior: Mapping[str, Any], x_f: Tensor, labels: Tensor | None, noise: Noise, *, sg_code: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """{group: K_g(x_f)} and x_ff = D(z_f), with z_f ~ E(x_f)."""
-    q = nets["encoder"](x_f, labels)
-    z_f = latents.sample(q, noise["codes"])
-    x_ff = nets["decoder"](latents.detach(z_f) if sg_code else z_f, labels, noise["decoder"])
-    return losses.kl(q, prior, noise["kl"]), x_ff
 
 
 def soft_encoder_loss(
@@ -137,24 +127,34 @@ def soft_encoder_loss(
         x_p = nets["decoder"](z_p, labels, noise["decoder"]["prior"])
     rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
-    terms = terms_of("real", rec, kl)
+    terms = {"rec_real": rec, **kl_terms("real", kl)}
     for name, x_f in zip(FAKES, (x_r, x_p), strict=True):
         x_in = x_f if stop_gradient == "paper" else x_f.detach()
         target = x_f.detach() if stop_gradient == "full" else x_f
-        kl_f, x_ff = re_encode(nets, prior, x_in, labels, noise["encoder_phase"][name], sg_code=False)
-        rec_f = nets["reconstruction"](target, x_ff)
+        own = noise["encoder_phase"][name]
+        q_f = nets["encoder"](x_in, labels)
+        x_ff = nets["decoder"](latents.sample(q_f, own["codes"]), labels, own["decoder"])
+        rec_f, kl_f = nets["reconstruction"](target, x_ff), losses.kl(q_f, prior, own["kl"])
         exp_elbo = torch.exp(-c["alpha"] * c["scale"] * (c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_neg"])))
         loss = loss + exp_elbo / (len(FAKES) * c["alpha"])
-        terms.update({**terms_of(name, rec_f, kl_f), f"exp_elbo_{name}": exp_elbo})
+        terms.update({f"rec_{name}": rec_f, **kl_terms(name, kl_f), f"exp_elbo_{name}": exp_elbo})
     return loss.mean(), terms, {"z": latents.detach(z), "z_p": z_p}
 
 
 def soft_decoder_loss(
-    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, stop_gradient: str, share_noise: bool
+    nets: Nets,
+    batch: Batch,
+    noise: Noise,
+    c: Coeffs,
+    carry: dict[str, Any],
+    *,
+    stop_gradient: str,
+    share_noise: bool,
+    re_decode: bool = True,
 ) -> tuple[Tensor, Terms, dict[str, Any]]:
     """D descends: s⟨ B_r r(x, x_r) + γ/2 Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, x_ff) ) ⟩, with E as it is after its update.
 
-    r(x_f, x_ff) is r(sg x_f, D(sg z_f)), but for "paper" r(x_f, sg D(z_f)).
+    r(x_f, x_ff) is r(sg x_f, D(sg z_f)), but for "paper" r(x_f, sg D(z_f)); without `re_decode` (g = 0) it is not computed.
     """
     x, labels = batch
     prior = realise(nets, frozen=True)
@@ -170,11 +170,18 @@ def soft_decoder_loss(
     terms: Terms = {"rec_real": rec}
     paper = stop_gradient == "paper"
     for name, x_f in zip(FAKES, (x_r, x_p), strict=True):
-        kl_f, x_ff = re_encode(nets, prior, x_f, labels, noise["decoder_phase"][name], sg_code=not paper)
-        rec_f = nets["reconstruction"](x_f, x_ff.detach()) if paper else nets["reconstruction"](x_f.detach(), x_ff)
-        fake = losses.weighted(kl_f, c["beta_kl"]) + c["gamma_r"] * c["beta_rec"] * rec_f
+        own = noise["decoder_phase"][name]
+        q_f = nets["encoder"](x_f, labels)
+        kl_f = losses.kl(q_f, prior, own["kl"])
+        fake = losses.weighted(kl_f, c["beta_kl"])
+        if re_decode:
+            z_f = latents.detach(latents.sample(q_f, own["codes"]))
+            x_ff = nets["decoder"](z_f, labels, own["decoder"])
+            rec_f = nets["reconstruction"](x_f, x_ff.detach()) if paper else nets["reconstruction"](x_f.detach(), x_ff)
+            fake = fake + c["gamma_r"] * c["beta_rec"] * rec_f
+            terms[f"rec_{name}"] = rec_f
         loss = loss + c["gamma"] / len(FAKES) * fake
-        terms.update(terms_of(name, rec_f, kl_f))
+        terms.update(kl_terms(name, kl_f))
     return (c["scale"] * loss).mean(), terms, carry
 
 
@@ -205,7 +212,12 @@ def draw_soft(n: int, streams: Streams, sources: Sources, *, share_noise: bool) 
 
 def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[str, int]) -> Objective:
     encoder_loss = partial(soft_encoder_loss, stop_gradient=config.stop_gradient)
-    decoder_loss = partial(soft_decoder_loss, stop_gradient=config.stop_gradient, share_noise=config.share_noise)
+    decoder_loss = partial(
+        soft_decoder_loss,
+        stop_gradient=config.stop_gradient,
+        share_noise=config.share_noise,
+        re_decode=config.gamma_r > 0,
+    )
     return Objective(
         phases=(Phase("encoder", ("encoder",), encoder_loss), Phase("decoder", ("decoder",), decoder_loss)),
         draw=partial(draw_soft, share_noise=config.share_noise),

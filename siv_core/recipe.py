@@ -6,6 +6,7 @@ Order: recipe < profiles < `--set`. Tables merge key by key; a table whose `name
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from siv_core.errors import UserError, near_miss
 
 FORMAT = 1
 STAGED = ("objective", "optim", "train", "data")  # what a stage may change; of train only batch, of data only size
+FREE = re.compile(r"metrics|stages\[\d+\]\.length|train\.(tick|preview|checkpoint|keep_every|residency)")  # see `differences`
 
 
 @frozen
@@ -157,10 +159,10 @@ def _named(optim: dict[str, Any]) -> dict[str, Any]:
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Dotted keys in which two resolved recipes differ, leaving out what may change between a run and its continuation:
     lengths, cadences, residency and metrics."""
-    free = ("length", "tick", "preview", "checkpoint", "keep_every", "residency", "metrics")
+    if FREE.fullmatch(where):
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new} if key not in free]
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+        return [line for key in {**old, **new} for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{where}[{i}]")]
     return [] if old == new else [f"{where}: the run has {old!r}, the recipe {new!r}"]
@@ -182,7 +184,7 @@ def load(
     source = _read(path)
     try:
         tree = tomllib.loads(source.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib lets through what Python says of long numbers and deep nests
         raise UserError(f"{path}: not TOML ({error})") from error
     return parse(tree, path, source, catalogue, tuple(profiles), tuple(sets), cpu_only)
 
@@ -198,6 +200,12 @@ def parse(
 ) -> Recipe:
     """The recipe in a TOML tree; see `load`."""
     known = tree.get("profiles", {})
+    named = known if isinstance(known, dict) else {}
+    wrong = [f"profiles.{name}" for name, table in named.items() if not isinstance(table, dict)]
+    if known is not named:
+        wrong = ["profiles"]
+    if wrong:
+        raise UserError(f"{path}: {key}: expected a table" for key in wrong)
     automatic = cpu_only and "cpu" in known and not {"none", "cpu"} & set(profiles)
     chosen = (("cpu",) if automatic else ()) + tuple(name for name in profiles if name != "none")
     unknown = [name for name in chosen if name not in known]
@@ -260,7 +268,7 @@ def _set(setting: str) -> dict[str, Any]:
         raise UserError(f"--set {setting}: expected KEY=VALUE, such as --set train.batch=8")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     for part in reversed(key.strip().split(".")):
         value = {part: value}

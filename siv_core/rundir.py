@@ -27,7 +27,7 @@ class RunDir:
     @classmethod
     def create(cls, root: Path, name: str) -> RunDir:
         """A new numbered directory `root/00012-name`; never one that exists."""
-        root.mkdir(parents=True, exist_ok=True)
+        files.make_folder(root)
         while True:
             taken = [int(match[1]) for path in root.iterdir() if (match := re.match(r"(\d{5})-", path.name))]
             path = root / f"{max(taken, default=-1) + 1:05d}-{name}"
@@ -45,7 +45,7 @@ class RunDir:
         foreign = [entry.name for entry in path.iterdir() if not _own(entry.name)] if path.exists() else []
         if foreign and not (path / "resolved.json").exists():
             raise UserError(f"{path}: holds files that are no siv run; name an empty or a new folder")
-        path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path)
         return cls(path)._furnish()
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def nvidia_present() -> bool:
 
 def pick_device(name: str) -> torch.device:
     """`auto`: CUDA where there is an NVIDIA device, else the CPU. A device that is there and does not work is an error."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if name == "cpu" or (name == "auto" and not nvidia_present() and not torch.cuda.is_available()):
         return torch.device("cpu")
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from siv_core import catalogue as catalogues
 
 Done = subprocess.CompletedProcess[str]

@@ -1,0 +1,234 @@
+"""Data set `hdf5`: other people's files, converted once; never written to, never trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from siv_core import datafile, feed
+from siv_core.errors import UserError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (300, 3, 4, 6), dtype=np.uint8)  # more than one block of a conversion
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def hdf5(catalogue, tmp_path, monkeypatch):
+    """`hdf5(arrays, **options)`: the data set over a real file with these arrays, in a data folder of its own."""
+    monkeypatch.setenv("SIV_DATA", str(tmp_path / "data"))
+    component = catalogue.get("dataset", "hdf5")
+
+    def make(arrays: dict[str, Any] | None = None, **options: Any) -> Any:
+        path = tmp_path / "own.h5"
+        if arrays is not None:
+            with h5py.File(path, "w") as file:
+                for name, array in arrays.items():
+                    file[name] = array
+        return component.build(component.config(**{"path": str(path), **options}))
+
+    return make
+
+
+def prepared(data: Any) -> Any:
+    assert data.missing() is None
+    data.prepare(quiet)
+    return data
+
+
+def stored(data: Any) -> np.ndarray:
+    return data.rows("train").x.numpy()
+
+
+@pytest.mark.parametrize(
+    ("array", "layout", "expected"),
+    [
+        (IMAGES, "NCHW", IMAGES),
+        (IMAGES.transpose(0, 2, 3, 1), "NHWC", IMAGES),
+        (IMAGES[:, 0], "NHW", IMAGES[:, :1]),
+        (IMAGES / np.float32(255), "NCHW", IMAGES),
+        (IMAGES / np.float64(255), "NCHW", IMAGES),
+        ((IMAGES / np.float64(255)).astype(np.float16), "NCHW", IMAGES),
+    ],
+)
+def test_layouts_and_types(hdf5, array, layout, expected):
+    data = prepared(hdf5({"images": array}, layout=layout))
+    assert (stored(data) == expected).all()
+    assert data.spec.shape == expected.shape[1:]
+    assert data.spec.value_range == (0.0, 1.0)
+    assert data.spec.classes is None
+
+
+def test_names_of_the_data_sets(hdf5):
+    data = prepared(hdf5({"x/train": IMAGES, "y": np.arange(300)[:, None] % 7}, images="x/train", labels="y"))
+    assert (stored(data) == IMAGES).all()
+    assert data.spec.classes == 7
+    assert data.rows("train").labels.tolist() == [i % 7 for i in range(300)]
+
+
+def test_a_conversion_is_made_once_and_again_after_a_change(hdf5, tmp_path):
+    first = prepared(hdf5({"images": IMAGES}))
+    path, made = first.path, first.path.stat().st_mtime_ns
+    again = prepared(hdf5())
+    assert again.path == path
+    assert path.stat().st_mtime_ns == made
+    assert prepared(hdf5(size=2)).path == path
+    assert (stored(first) == IMAGES).all()
+    with h5py.File(tmp_path / "own.h5", "r+") as file:
+        file["images"][0] = 255 - IMAGES[0]
+    os.utime(tmp_path / "own.h5", ns=(1, 1))
+    changed = prepared(hdf5())
+    assert changed.path != path
+    assert changed.fingerprint() != first.fingerprint()
+    assert (stored(changed)[0] == 255 - IMAGES[0]).all()
+
+
+def test_the_file_itself_is_never_written_to(hdf5, tmp_path):
+    data = hdf5({"images": IMAGES / np.float32(255)})
+    before = (tmp_path / "own.h5").read_bytes()
+    prepared(data).rows("train")
+    assert (tmp_path / "own.h5").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "own.h5"]
+
+
+def test_a_file_of_format_1_is_read_in_place(hdf5, tmp_path):
+    datafile.write(
+        tmp_path / "own.h5", shape=IMAGES.shape, block=100, source="x", progress=quiet,
+        produce=lambda numbers: ((i, IMAGES[i * 100 : (i + 1) * 100]) for i in numbers),
+        labels=np.arange(300) % 5, split=(np.arange(300) < 20).astype(np.uint8),
+        factors=np.arange(300)[:, None] % 4, factor_sizes={"corner": 4},
+    )  # fmt: skip
+    data = prepared(hdf5())
+    assert data.path == tmp_path / "own.h5"
+    assert not (tmp_path / "data").exists()
+    assert (data.spec.classes, dict(data.spec.factors)) == (5, {"corner": 4})
+    assert data.rows("held_out").index.tolist() == list(range(20))
+    assert data.rows("train").index.tolist() == list(range(20, 300))
+    assert data.rows("train").factors[:, 0].tolist() == [i % 4 for i in range(300)]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 30), (0.001, 1), (0.999, 299), (0.5, 150)])
+def test_held_out_share(hdf5, share, count):
+    data = prepared(hdf5({"images": IMAGES}, held_out=share))
+    train, held_out = data.rows("train").index.tolist(), data.rows("held_out").index.tolist()
+    assert len(held_out) == count
+    assert sorted(train + held_out) == list(range(300))
+    other = prepared(hdf5(held_out=share, split_seed=1))
+    assert other.rows("held_out").index.tolist() != held_out
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_both_splits_of_a_tiny_file_have_images(hdf5, share):
+    data = prepared(hdf5({"images": IMAGES[:2]}, held_out=share))
+    assert (len(data.rows("train")), len(data.rows("held_out"))) == (1, 1)
+
+
+def test_a_single_image_cannot_be_split(hdf5):
+    data = prepared(hdf5({"images": IMAGES[:1]}))
+    with pytest.raises(UserError, match="no image is in the split 'train'"):
+        data.rows("train")
+
+
+def test_smaller_sizes_are_area_means(hdf5):
+    square = RNG.integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
+    data = prepared(hdf5({"images": square}, size=2))
+    assert data.spec.shape == (1, 2, 2)
+    x = feed.images(data.rows("train"), torch.arange(3), data.spec)
+    chosen = square[data.rows("train").index[:3]]
+    expected = chosen.reshape(3, 1, 2, 2, 2, 2).mean(axis=(3, 5)) / 255
+    assert np.allclose(x.numpy(), expected, atol=1e-6)
+    with pytest.raises(UserError, match=r"data.size: 8 is more than the 4 × 4 pixels"):
+        _ = hdf5(size=8).spec
+
+
+def test_the_spec_is_known_before_the_conversion(hdf5):
+    data = hdf5({"images": IMAGES.transpose(0, 2, 3, 1), "labels": np.arange(300) % 3}, layout="NHWC")
+    assert data.spec.shape == (3, 4, 6)
+    before = data.spec
+    data.prepare(quiet)
+    assert data.spec == before
+    assert data.spec.classes == 3
+
+
+def test_an_interrupted_conversion_goes_on(hdf5):
+    data = hdf5({"images": IMAGES})
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(interrupt)
+    assert not data.path.exists()
+    [journal] = data.path.parent.glob("*.partial.json")
+    assert json.loads(journal.read_text())["done"] == [0]
+    assert (stored(prepared(hdf5())) == IMAGES).all()
+
+
+def bad(value: float) -> np.ndarray:
+    array = np.full((300, 1, 2, 2), 0.5, np.float32)
+    array[260, 0, 1, 1] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "words"),
+    [
+        ({"images": IMAGES}, {"layout": "NHW"}, "must be uint8 or float in .* with the axes NHW"),
+        ({"images": IMAGES.astype(np.int32)}, {}, "must be uint8 or float"),
+        ({"images": IMAGES[:0]}, {}, "not empty"),
+        ({"images": bad(1.5)}, {}, r"images 256 … 299 of 'images' hold values outside \[0, 1\] or no numbers"),
+        ({"images": bad(-0.1)}, {}, r"outside \[0, 1\]"),
+        ({"images": bad(float("nan"))}, {}, "or no numbers"),
+        ({"images": bad(float("inf"))}, {}, "or no numbers"),
+        ({"pictures": IMAGES}, {}, "has no data set 'images'; it has: pictures"),
+        ({"images": IMAGES, "labels": np.arange(299)}, {}, "'labels' must be 300 whole numbers from 0 on"),
+        ({"images": IMAGES, "labels": np.arange(300) - 1}, {}, "'labels' must be 300 whole numbers from 0 on"),
+        ({"images": IMAGES, "labels": np.arange(300) / 2}, {}, "'labels' must be 300 whole numbers from 0 on"),
+    ],
+)
+def test_what_cannot_be_converted(hdf5, arrays, options, words):
+    data = hdf5(arrays, **options)
+    with pytest.raises(UserError, match=words):
+        data.prepare(quiet)
+    assert not data.path.exists()
+
+
+def test_what_is_no_file(hdf5, tmp_path):
+    data = hdf5()
+    assert data.missing() == f"there is no file {tmp_path / 'own.h5'}; set data.path"
+    with pytest.raises(UserError, match="there is no file"):
+        _ = data.spec
+    (tmp_path / "own.h5").write_text("no HDF5")
+    with pytest.raises(UserError, match="no HDF5 file that can be read"):
+        hdf5().prepare(quiet)
+
+
+@pytest.mark.parametrize("how", ["data set", "group"])
+def test_links_into_other_files_are_not_followed(hdf5, tmp_path, how):
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["g/images"] = IMAGES
+    data = hdf5({"filler": [0]}, images="g/images" if how == "group" else "images")
+    with h5py.File(tmp_path / "own.h5", "r+") as file:
+        if how == "group":
+            file["g"] = h5py.ExternalLink("secret.h5", "/g")
+        else:
+            file["images"] = h5py.ExternalLink("secret.h5", "/g/images")
+    with pytest.raises(UserError, match="is a link; only data inside the file itself is read"):
+        data.prepare(quiet)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(catalogue, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    component = catalogue.get("dataset", "hdf5")
+    assert component.build(component.config(path="~/x.h5")).source == Path(tmp_path / "x.h5")
