@@ -287,6 +287,11 @@ class Cars3D:
             raise UserError(f"{self.path}: is not Cars3D in this size; remove it, so that it is prepared again")
         return datafile.rows_by_group(table, table.labels, self.held_out_models, self.split_seed, split)
 
+    def about(self) -> dict[str, object]:
+        """For the run's manifest: which models were held out, numbered as in list.txt."""
+        models = np.arange(MODELS)
+        return {"held_out_models": datafile.held_out_groups(models, self.held_out_models, self.split_seed)}
+
     def fingerprint(self) -> str:
         return datafile.read(self.path).sha256
 

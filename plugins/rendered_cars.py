@@ -42,9 +42,10 @@ WHITE, GRILLE = (0.9, 0.9, 0.88), (0.16, 0.16, 0.17)
 AMBIENT = 0.38
 LIGHT = np.array([-0.45, 0.72, 0.53])  # right, up, towards the camera: unit length
 
-# Typical shapes; as in Cars3D, whose models were scaled to one size, lengths differ less than on the road. In the order of the fields of Car: length, width, height, belt (height of the window sill), nose and
+# Typical shapes, in the order of the fields of Car: length, width, height, belt (height of the window sill), nose and
 # tail (height of the body at its ends), hood and deck (share of the length), screen and back (runs of the windscreen and
-# the rear window), clearance, wheel (radius), windows (on a side).  SPREAD is the relative half-width about them.
+# the rear window), clearance, wheel (radius), windows (on a side).  SPREAD is the relative half-width about them.  As in
+# Cars3D, whose models were scaled to one size, lengths and heights differ less than they do on the road.
 # fmt: off
 KINDS = {
     "sedan":     (3.83, 1.77, 1.48, .93, .74, .89, .28, .17, .62, .55, .18, .32, 2.50),
@@ -347,6 +348,11 @@ class RenderedCars:
     def rows(self, split: str) -> Rows:
         assert self._table.labels is not None
         return datafile.rows_by_group(self._table, self._table.labels, self.held_out_models, self.split_seed, split)
+
+    def about(self) -> dict[str, object]:
+        """For the run's manifest: which models were held out."""
+        assert self._table.labels is not None
+        return {"held_out_models": datafile.held_out_groups(self._table.labels, self.held_out_models, self.split_seed)}
 
     def fingerprint(self) -> str:
         return self._table.sha256

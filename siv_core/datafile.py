@@ -154,6 +154,15 @@ def read(path: Path) -> Table:
     return Table(mapped, source, sha256, (low, high), labels, factors, sizes, None if split is None else split.astype(np.uint8))
 
 
+def held_out_groups(group: NDArray[np.int64], held_out: int, seed: int) -> list[int]:
+    """The chosen values of `group`, in order."""
+    values = np.unique(group)
+    if not 0 < held_out < len(values):
+        raise UserError(f"{held_out} of {len(values)} groups cannot be held out: at least one must stay on either side")
+    chosen = np.random.Generator(np.random.PCG64(seed)).choice(values, held_out, replace=False)
+    return sorted(chosen.tolist())
+
+
 def rows_by_group(table: Table, group: NDArray[np.int64], held_out: int, seed: int, split: str) -> Rows:
     """A split of rows where whole groups (the values of `group` [N]) are held out: `held_out` of them, by a seeded choice.
 
@@ -161,11 +170,7 @@ def rows_by_group(table: Table, group: NDArray[np.int64], held_out: int, seed: i
     """
     import torch
 
-    values = np.unique(group)
-    if not 0 < held_out < len(values):
-        raise UserError(f"{held_out} of {len(values)} groups cannot be held out: at least one must stay on either side")
-    chosen = np.random.Generator(np.random.PCG64(seed)).choice(values, held_out, replace=False)
-    inside = np.isin(group, chosen)
+    inside = np.isin(group, held_out_groups(group, held_out, seed))
     index = np.flatnonzero({"train": ~inside, "held_out": inside}[split])
     labels, factors = (None if array is None else torch.from_numpy(array) for array in (table.labels, table.factors))
     return Rows(torch.from_numpy(table.images), labels, factors, torch.from_numpy(index))

@@ -76,7 +76,10 @@ class Rows:
 
 
 class Dataset(Protocol):
-    """Built without its files; `spec` works once `missing()` is None."""
+    """Built without its files; `spec` works once `missing()` is None.
+
+    Optional: `fetch(progress)` downloads it from its source, `about()` gives JSON for the run's manifest.
+    """
 
     @property
     def spec(self) -> Spec: ...

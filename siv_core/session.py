@@ -354,7 +354,12 @@ def manifest(read: recipe.Recipe, trainer: Trainer, request: Request) -> dict[st
         "libraries": {name: version(name) for name in LIBRARIES},
         "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
         "git": _git(),
-        "data": {"name": read.data.name, "fingerprint": trainer.built.dataset.fingerprint(), "residency": trainer.feed.residency},
+        "data": {
+            "name": read.data.name,
+            "fingerprint": trainer.built.dataset.fingerprint(),
+            "residency": trainer.feed.residency,
+            **getattr(trainer.built.dataset, "about", dict)(),
+        },
         "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
         "parameters": {name: build.size_of(player.module) for name, player in trainer.players.items()},
     }

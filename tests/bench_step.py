@@ -1,7 +1,7 @@
 """siv's step against a naive implementation of the same step, interleaved: `just bench [RECIPE] [--profile P]`.
 
-The naive step is written as the published scripts are: requires_grad switched player by player, `backward`, plain Adam, losses read
-back for a NaN test. Timings of a shared machine are noisy; the ratio of medians of interleaved steps is what counts.
+The naive step is written as the published scripts are: requires_grad switched player by player, `backward`, plain Adam, losses
+read back for a NaN test. Timings of a shared machine are noisy; the ratio of medians of interleaved steps is what counts.
 """
 
 from __future__ import annotations

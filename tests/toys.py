@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from attrs import evolve, frozen
+from torch import nn
+from torch.nn import functional as F
+
 from siv_core import build, objectives
 from siv_core.catalogue import Catalogue, Owner
 from siv_core.component import Component, option
@@ -19,8 +22,6 @@ from siv_core.recipe import parse
 from siv_core.rundir import RunDir
 from siv_core.session import Silent
 from siv_core.trainer import Trainer
-from torch import nn
-from torch.nn import functional as F
 
 DIGITS = {
     "format": 1,
@@ -57,7 +58,7 @@ class NoOptions:
     pass
 
 
-# -- a VampPrior: the encoder inside the prior -------------------------------------------------------------------------------------
+# -- a VampPrior: the encoder inside the prior -------------------------------------------------------------------------------
 
 
 @frozen
@@ -108,7 +109,7 @@ class Vamp(nn.Module):
         return torch.randn(n, 8, self.dim, generator=generator)
 
 
-# -- a flow as a third player ------------------------------------------------------------------------------------------------------
+# -- a flow as a third player ------------------------------------------------------------------------------------------------
 
 
 class AffineFlow(nn.Module):
@@ -159,7 +160,7 @@ def build_three_players(config: Any, spec: Spec, groups: dict[str, int]) -> Obje
     return evolve(base, phases=(base.phases[0], decoder))
 
 
-# -- a bootstrap target as a shadow ------------------------------------------------------------------------------------------------
+# -- a bootstrap target as a shadow ------------------------------------------------------------------------------------------
 
 
 def bootstrap_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
@@ -185,7 +186,7 @@ def build_bootstrap(config: Any, spec: Spec, groups: dict[str, int]) -> Objectiv
     return evolve(base, phases=(base.phases[0], decoder), shadows=(Shadow("target", "decoder", copy_every_images=128),))
 
 
-# -- a network that grows ----------------------------------------------------------------------------------------------------------
+# -- a network that grows ----------------------------------------------------------------------------------------------------
 
 
 class GrowingEncoder(nn.Module):

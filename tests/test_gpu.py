@@ -1,0 +1,43 @@
+"""What only a CUDA device can show; skipped with a count where there is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()][1:]
+    return [values["loss"] for line in lines for values in line["phases"].values()]
+
+
+def recipe(tmp_path, **train):
+    path = tmp_path / "gpu.toml"
+    options = {"batch": 64, "length": "20 steps", "tick": "1 steps", "checkpoint": "10 steps", "deterministic": True, **train}
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+    path.write_text(
+        'format = 1\n[data]\nname = "digits"\n[network]\nname = "mlp"\nz_dim = 3\nhidden = [32]\n'
+        f'[objective]\nname = "soft_intro_vae"\nbeta_neg = 4.0\n[train]\n{lines}\n'
+    )
+    return path
+
+
+def test_two_runs_give_the_same_bits(tmp_path, siv):
+    for name in ("a", "b"):
+        done = siv("run", recipe(tmp_path), "--run-dir", tmp_path / name, "--device", "cuda")
+        assert done.returncode == 0, done.stderr
+    states = [json.loads((tmp_path / name / "checkpoints/step_00000020/state.json").read_text())["files"] for name in ("a", "b")]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions_stay_close_to_fp32(tmp_path, siv, precision):
+    for name in ("fp32", precision):
+        done = siv("run", recipe(tmp_path, precision=name), "--run-dir", tmp_path / name, "--device", "cuda")
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
+
