@@ -26,12 +26,14 @@ class AdaINConfig:
         (64, 128, 256, 256, 256), doc="of the encoders' convolutions; all but the stem halve the size", ge=1
     )
     encoder_hidden: tuple[int, ...] = option((256, 256), doc="units of the encoders' hidden linear layers", ge=1)
+    class_pooling: bool = option(False, doc="the class encoder averages over the pixels: it sees what is there, not where")
     stem_kernel: int = option(
         7, doc="odd kernel size of the encoders' first convolution; 0: no stem, all halve the size", ge=0, le=15
     )
     decoder_channels: tuple[int, ...] = option((256, 256, 256, 256), doc="of the decoder's blocks, each doubling the size", ge=1)
     output_channels: int = option(64, doc="between the decoder's last two convolutions", ge=1)
     output_kernels: tuple[int, int] = option((5, 7), doc="odd kernel sizes of the decoder's last two convolutions", ge=1, le=15)
+    modulated_blocks: int = option(0, doc="how many of the last blocks have AdaIN; 0: all, as in LORD", ge=0)
     normalise_content: bool = option(False, doc="instance-normalise the first map, which only the content code has made")
     slope: float = option(0.01, doc="of the leaky ReLUs; LORD's TensorFlow code has 0.3", ge=0, lt=1)
     scale: str = option("direct", doc="AdaIN multiplies by scale, or by 1 + scale", choices=("direct", "one_plus"))
@@ -41,18 +43,18 @@ class AdaINConfig:
 class Encoder(nn.Module):
     """x [N, C, H, W] to one Gaussian code: convolutions, then linear layers. No normalisation."""
 
-    def __init__(self, channels: tuple[int, ...], widths: tuple[int, ...], stem_kernel: int, slope: float) -> None:
+    def __init__(self, channels: tuple[int, ...], widths: tuple[int, ...], stem_kernel: int, slope: float, pooling: bool) -> None:
         super().__init__()
         stem = [nn.Conv2d(channels[0], channels[1], stem_kernel, padding=stem_kernel // 2)] if stem_kernel else []
         down = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels[len(stem) :])]
         self.convolutions = nn.ModuleList([*stem, *down])
         self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.slope = slope
+        self.slope, self.pooling = slope, pooling
 
     def forward(self, x: Tensor) -> Gaussian:
         for layer in self.convolutions:
             x = F.leaky_relu(layer(x), self.slope)
-        h = x.flatten(1)
+        h = x.mean(dim=(2, 3)) if self.pooling else x.flatten(1)
         *hidden, head = self.linear
         for layer in hidden:
             h = F.leaky_relu(layer(h), self.slope)
@@ -82,6 +84,7 @@ class AdaINDecoder(nn.Module):
         bottom: tuple[int, int],
         output: tuple[tuple[int, int], tuple[int, int]],
         slope: float,
+        modulated: int,
         one_plus: bool,
         normalise_content: bool,
         value_range: tuple[float, float] | None,
@@ -93,7 +96,7 @@ class AdaINDecoder(nn.Module):
         self.content = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         before = (channels[0], *channels[:-1])
         self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(before, channels, strict=True))
-        self.modulation = nn.ModuleList(nn.Linear(dims[CLASS], 2 * c) for c in channels)
+        self.modulation = nn.ModuleList(nn.Linear(dims[CLASS], 2 * c) for c in channels[-modulated:])
         inputs = (channels[-1], output[0][0])
         self.output = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, (b, k) in zip(inputs, output, strict=True))
         self.bottom, self.slope, self.one_plus, self.value_range = bottom, slope, one_plus, value_range
@@ -106,9 +109,11 @@ class AdaINDecoder(nn.Module):
         x = h.unflatten(1, (-1, *self.bottom))
         if self.normalise_content:
             x = normalised(x)
-        for convolution, modulation in zip(self.blocks, self.modulation, strict=True):
+        plain = len(self.blocks) - len(self.modulation)
+        for i, convolution in enumerate(self.blocks):
             x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2.0, mode="nearest")), self.slope)
-            x = self.adain(x, modulation(codes[CLASS]))
+            if i >= plain:
+                x = self.adain(x, self.modulation[i - plain](codes[CLASS]))
         wide, last = self.output
         x = last(F.leaky_relu(wide(x), self.slope))
         if self.value_range is None:
@@ -131,10 +136,16 @@ def build(config: AdaINConfig, spec: Spec) -> Networks:
     check(config, spec)
     channels, height, width = spec.shape
     shrink = 2 ** halvings(config)
-    flat = config.encoder_channels[-1] * (height // shrink) * (width // shrink)
+    last = config.encoder_channels[-1]
+    flat = last * (height // shrink) * (width // shrink)
+    pooled = {CLASS: config.class_pooling, CONTENT: False}
     encoders = {
         group: Encoder(
-            (channels, *config.encoder_channels), (flat, *config.encoder_hidden, 2 * dim), config.stem_kernel, config.slope
+            channels=(channels, *config.encoder_channels),
+            widths=(last if pooled[group] else flat, *config.encoder_hidden, 2 * dim),
+            stem_kernel=config.stem_kernel,
+            slope=config.slope,
+            pooling=pooled[group],
         )
         for group, dim in config.dims.items()
     }
@@ -145,6 +156,7 @@ def build(config: AdaINConfig, spec: Spec) -> Networks:
         bottom=(height // grow, width // grow),
         output=((config.output_channels, config.output_kernels[0]), (channels, config.output_kernels[1])),
         slope=config.slope,
+        modulated=config.modulated_blocks,
         one_plus=config.scale == "one_plus",
         normalise_content=config.normalise_content,
         value_range=spec.value_range if config.output == "sigmoid" else None,
@@ -170,6 +182,8 @@ def check(config: AdaINConfig, spec: Spec) -> None:
         if any(size % 2**times for size in spec.shape[1:]):
             size = "x".join(map(str, spec.shape[1:]))
             problems.append(f"network.{name}_channels: images of {size} cannot be halved {times} times; give fewer channels")
+    if config.modulated_blocks > len(config.decoder_channels):
+        problems.append(f"network.modulated_blocks: there are only {len(config.decoder_channels)} blocks")
     if any(kernel % 2 == 0 for kernel in (config.stem_kernel or 1, *config.output_kernels)):
         problems.append("network: stem_kernel and output_kernels must be odd")
     if problems:

@@ -63,6 +63,8 @@ def problems(path: Path) -> list[str]:
         return list(error.problems)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         return [f"{path}: this siv reads checkpoints of format {FORMAT}"]
+    if not isinstance(state.get("files"), dict):
+        return [f"{path / 'state.json'}: damaged, it names no files"]
     found = []
     for name, expected in state["files"].items():
         file = path / name

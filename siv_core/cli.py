@@ -11,6 +11,7 @@ import click
 
 from siv_core.cli_common import PATH, json_option, options, print_json, screen
 from siv_core.cli_data import data
+from siv_core.cli_recipes import recipes
 from siv_core.errors import SivError, UserError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def cli() -> None:
 
 
 cli.add_command(data)
+cli.add_command(recipes)
 
 
 @cli.command()
@@ -111,10 +113,10 @@ def run(
         raise click.UsageError("--resume takes recipe and profiles from the run; only --set, --max-time and --device go with it")
     watcher = screen(as_json)
     from siv_core import catalogue, session
-    from siv_core import recipe as recipes
+    from siv_core import recipe as reader
 
     if dry_run and recipe:
-        read = recipes.load(recipe, catalogue.load(), profiles, sets, cpu_only=not session.nvidia_present())
+        read = reader.load(recipe, catalogue.load(), profiles, sets, cpu_only=not session.nvidia_present())
         print_json(read.resolved())
         return
     more: dict[str, Any] = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
@@ -136,10 +138,10 @@ def check(recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], as_jso
     """Say what RECIPE would do: parameters, operations a step, and what is not at hand. Trains nothing."""
     watcher = screen(as_json)
     from siv_core import catalogue, inspect, session
-    from siv_core import recipe as recipes
+    from siv_core import recipe as reader
 
     known = catalogue.load()
-    report = inspect.check(recipes.load(recipe, known, profiles, sets, cpu_only=not session.nvidia_present()), known)
+    report = inspect.check(reader.load(recipe, known, profiles, sets, cpu_only=not session.nvidia_present()), known)
     if as_json:
         print_json(report)
         return

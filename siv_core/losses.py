@@ -5,6 +5,7 @@ Weights and means are applied in `objectives`, once. See docs/math.md for the sy
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -26,7 +27,7 @@ def weighted(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Ten
 
 def entropy(q: Gaussian) -> Tensor:
     """Entropy of a diagonal Gaussian in nats, [N]."""
-    return 0.5 * (q.logvar + torch.log(torch.tensor(2 * torch.pi)) + 1).sum(dim=1)
+    return 0.5 * (q.logvar + math.log(2 * math.pi) + 1).sum(dim=1)
 
 
 def sampled_kl(log_prob: Callable[[Tensor], Tensor], q: Gaussian, noise: Tensor) -> Tensor:

@@ -336,7 +336,8 @@ def manifest(read: recipe.Recipe, trainer: Trainer, request: Request) -> dict[st
     used = {(choice.kind, choice.name) for choice in (read.data, read.reconstruction, *read.network, *read.metrics.values())}
     used |= {("prior", choice.name) for choice in read.prior.values()}
     used |= {("objective", plan.objective.name) for plan in read.stages}
-    device = trainer.device
+    device, data = trainer.device, trainer.built.dataset
+    about: dict[str, Any] = getattr(data, "about", dict)()
     return {
         "recipe": read.name,
         "profiles": list(read.profiles),
@@ -354,12 +355,7 @@ def manifest(read: recipe.Recipe, trainer: Trainer, request: Request) -> dict[st
         "libraries": {name: version(name) for name in LIBRARIES},
         "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
         "git": _git(),
-        "data": {
-            "name": read.data.name,
-            "fingerprint": trainer.built.dataset.fingerprint(),
-            "residency": trainer.feed.residency,
-            **getattr(trainer.built.dataset, "about", dict)(),
-        },
+        "data": {"name": read.data.name, "fingerprint": data.fingerprint(), "residency": trainer.feed.residency, **about},
         "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
         "parameters": {name: build.size_of(player.module) for name, player in trainer.players.items()},
     }

@@ -24,7 +24,8 @@ from siv_core import apply, checkpoint, datafile
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 
-LIGHT = ("cli", "cli_common", "cli_data", "component", "console", "errors", "hookspecs", "recipe", "rundir")
+COMMANDS = sorted(path.stem for path in Path(siv_core.__file__).parent.glob("cli*.py"))
+LIGHT = (*COMMANDS, "component", "console", "errors", "hookspecs", "recipe", "rundir")
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -352,7 +353,9 @@ def test_evaluate_adds_lines(trained, siv_in):
 # -- data ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_data(siv, tmp_path, data_root):
+def test_data(siv, tmp_path, monkeypatch):
+    data_root = tmp_path / "data"
+    monkeypatch.setenv("SIV_DATA", str(data_root))
     report = json.loads(succeeded(siv("data", "ls", "--json")))
     assert report["root"] == str(data_root)
     states = {row["name"]: row["state"] for row in report["datasets"]}

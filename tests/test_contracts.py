@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -98,6 +100,17 @@ def test_adain_says_what_does_not_fit(catalogue, spec):
     component = catalogue.get("network", "adain")
     with pytest.raises(UserError, match=r"adain|halved"):
         component.build(component.config(**SMALL_ADAIN), spec)
+
+
+def test_the_package_that_others_are_to_copy(monkeypatch):
+    folder = Path(__file__).parent / "third_party" / "siv_blobs"
+    monkeypatch.syspath_prepend(str(folder))
+    [component] = importlib.import_module("siv_blobs").siv_components()
+    for spec in (IMAGES, DIGITS, Spec((2, 7, 5), value_range=(-1.0, 1.0))):
+        check_component(component, spec=spec)
+    with pytest.raises(UserError, match="network 'blobs' is for images"):
+        component.build(component.config(), ARRAYS)
+    assert len((folder / "siv_blobs.py").read_text().splitlines()) <= 60  # the guide shows all of it
 
 
 @pytest.mark.parametrize("options", [{"preset": preset} for preset in ("lord", "normalised", "glann")])

@@ -135,8 +135,8 @@ def test_both_splits_of_a_tiny_file_have_images(hdf5, share):
 
 def test_a_single_image_cannot_be_split(hdf5):
     data = prepared(hdf5({"images": IMAGES[:1]}))
-    with pytest.raises(UserError, match="no image is in the split 'train'"):
-        data.rows("train")
+    with pytest.raises(UserError, match="no image is in the split 'held_out', of 1 in all"):
+        data.rows("held_out")
 
 
 def test_smaller_sizes_are_area_means(hdf5):

@@ -63,3 +63,15 @@ def test_check_reports_the_papers_sizes(siv):
     text = " ".join(report["not_at_hand"])
     for part in ("cars3d", "vgg16-397923af.pth", "alexnet-owt-7be5be79.pth"):
         assert part in text
+
+
+def test_recipes_that_come_with_siv(siv, tmp_path):
+    listed = json.loads(siv("recipes", "ls", "--json").stdout)
+    assert set(listed) == {path.stem for path in RECIPES.glob("*.toml")}
+    assert siv("recipes", "show", "digits").stdout == (RECIPES / "digits.toml").read_text()
+    assert siv("recipes", "copy", "digits", tmp_path / "mine.toml").returncode == 0
+    assert (tmp_path / "mine.toml").read_text() == (RECIPES / "digits.toml").read_text()
+    again = siv("recipes", "copy", "digits", tmp_path / "mine.toml")
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    assert "did you mean 'digits'?" in siv("recipes", "show", "digit").stderr

@@ -1,0 +1,216 @@
+"""Checkpoints: whole or not there, damage is named, and the old ones go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from siv_core import checkpoint
+from siv_core.errors import UserError
+from siv_core.players import Player
+
+STATE = {"images_seen": 640, "number": 1}
+
+
+def tensors() -> checkpoint.Tensors:
+    """Every type and shape a module may have."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "encoder": {
+            "weight": torch.randn(3, 4, generator=generator),
+            "transposed": torch.randn(3, 4, generator=generator).t(),
+            "scalar": torch.tensor(3.5, dtype=torch.float64),
+            "counter": torch.tensor([2**40], dtype=torch.int64),
+            "half": torch.randn(5, generator=generator).to(torch.bfloat16),
+            "learned": nn.Parameter(torch.randn(2, generator=generator)),
+            "empty": torch.zeros(0, 3),
+            "not a number": torch.tensor([float("nan"), float("inf")]),
+        },
+        "decoder@ema": {"weight": torch.ones(2)},
+        "prior": {},
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return checkpoint.save(tmp_path / "checkpoints", 10, tensors(), STATE)
+
+
+def test_what_is_saved_is_loaded(saved):
+    assert saved.name == "step_00000010"
+    loaded, state = checkpoint.load(saved)
+    expected = tensors()
+    assert {name: file.keys() for name, file in loaded.items()} == {name: file.keys() for name, file in expected.items()}
+    for name, file in expected.items():
+        for key, value in file.items():
+            assert loaded[name][key].dtype == value.dtype
+            assert torch.equal(loaded[name][key].nan_to_num(7), value.detach().nan_to_num(7)), (name, key)
+    assert {key: state[key] for key in STATE} == STATE
+    assert (state["format"], state["step"]) == (1, 10)
+
+
+def test_only_some_files(saved):
+    loaded, _ = checkpoint.load(saved, only=("prior", "decoder@ema"))
+    assert loaded.keys() == {"prior", "decoder@ema"}
+
+
+def test_a_checkpoint_is_plain_files(saved):
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "decoder@ema.safetensors", "encoder.safetensors", "prior.safetensors", "state.json"
+    ]  # fmt: skip
+    assert torch.equal(load_file(saved / "decoder@ema.safetensors")["weight"], torch.ones(2))
+    assert [path.name for path in saved.parent.iterdir()] == ["step_00000010"]
+
+
+def test_saved_again_it_stays_as_it_is(saved):
+    before = (saved / "state.json").stat().st_mtime_ns
+    assert checkpoint.save(saved.parent, 10, {}, STATE) == saved
+    assert (saved / "state.json").stat().st_mtime_ns == before
+
+
+def test_a_damaged_one_is_written_anew(saved):
+    (saved / "encoder.safetensors").write_bytes(b"junk")
+    checkpoint.save(saved.parent, 10, tensors(), STATE)
+    assert checkpoint.problems(saved) == []
+    assert [path.name for path in saved.parent.iterdir()] == ["step_00000010"]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda p: flip(p / "encoder.safetensors"), "encoder.safetensors: damaged, its size or sha256"),
+        (lambda p: (p / "encoder.safetensors").write_bytes(b""), "encoder.safetensors: damaged"),
+        (lambda p: (p / "prior.safetensors").unlink(), "prior.safetensors: missing"),
+        (lambda p: (p / "state.json").unlink(), "state.json: cannot be read"),
+        (lambda p: (p / "state.json").write_text('{"format": 1'), "state.json: damaged, not JSON"),
+        (lambda p: (p / "state.json").write_text('{"format": 2}'), "this siv reads checkpoints of format 1"),
+        (lambda p: (p / "state.json").write_text("[1]"), "this siv reads checkpoints of format 1"),
+        (lambda p: (p / "state.json").write_text('{"format": 1}'), "state.json: damaged"),
+        (lambda p: shutil.rmtree(p), "state.json: cannot be read"),
+    ],
+)
+def test_damage_is_named(saved, harm, words):
+    assert checkpoint.problems(saved) == []
+    harm(saved)
+    assert any(words in line for line in checkpoint.problems(saved))
+    with pytest.raises(UserError, match=words):
+        checkpoint.load(saved)
+
+
+def test_a_state_cannot_point_outside(saved, tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "outside.safetensors")
+    state = json.loads((saved / "state.json").read_text())
+    state["files"]["../../outside.safetensors"] = {"bytes": 1, "sha256": "0"}
+    (saved / "state.json").write_text(json.dumps(state))
+    assert checkpoint.problems(saved) == [f"{saved / '../../outside.safetensors'}: missing"]
+
+
+# -- which one -------------------------------------------------------------------------------------------------------------------
+
+
+def make(folder, steps):
+    for number, step in enumerate(steps, 1):
+        checkpoint.save(folder, step, {"encoder": {"x": torch.zeros(1)}}, {"number": number})
+
+
+def test_paths(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint here yet"):
+        checkpoint.path_of(tmp_path, "last")
+    make(tmp_path, [5, 10, 100_000_000])
+    (tmp_path / "step_old").mkdir()
+    (tmp_path / ".siv-tmp-1-step_00000020").mkdir()
+    assert checkpoint.steps(tmp_path) == [5, 10, 100_000_000]
+    assert checkpoint.path_of(tmp_path, "last").name == "step_100000000"
+    assert checkpoint.path_of(tmp_path, "10") == checkpoint.path_of(tmp_path, "00010") == tmp_path / "step_00000010"
+    for wrong in ("11", "-5", "ten", "../x", ""):
+        with pytest.raises(UserError, match="there are: 5, 10, 100000000 and last"):
+            checkpoint.path_of(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "kept"),
+    [(0, [60, 70]), (1, [10, 20, 30, 40, 50, 60, 70]), (2, [20, 40, 60, 70]), (3, [30, 60, 70]), (9, [60, 70])],
+)
+def test_the_two_newest_and_every_nth_stay(tmp_path, keep_every, kept):
+    """Whether they are pruned at the end or after each."""
+    at_once, each = tmp_path / "a", tmp_path / "b"
+    make(at_once, range(10, 80, 10))
+    checkpoint.prune(at_once, keep_every)
+    for number, step in enumerate(range(10, 80, 10), 1):
+        checkpoint.save(each, step, {"encoder": {"x": torch.zeros(1)}}, {"number": number})
+        checkpoint.prune(each, keep_every)
+    assert checkpoint.steps(at_once) == checkpoint.steps(each) == kept
+    assert sorted(path.name for path in at_once.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+# -- weights and moments ---------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_weights_that_do_not_fit_are_named():
+    module = network()
+    wrong = dict(module.state_dict())
+    wrong["3.bias"] = wrong.pop("2.bias")
+    wrong["0.weight"] = torch.zeros(4, 5)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        checkpoint.restore_module(module, wrong, "here")
+    assert error.value.problems == (
+        "here: tensor '0.weight' has shape [4, 5], the network needs [4, 3]",
+        "here: tensor '2.bias' is missing",
+        "here: tensor '3.bias' is not part of this network",
+    )
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def trained(steps: int) -> Player:
+    player = Player.of("encoder", network())
+    player.configure(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    go_on(player, 0, steps)
+    return player
+
+
+def go_on(player: Player, first: int, steps: int) -> None:
+    for step in range(first, first + steps):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        loss = player.module(x).square().sum()
+        player.step(list(torch.autograd.grad(loss, player.parameters)))
+
+
+def test_weights_and_moments_come_back(tmp_path):
+    whole = trained(6)
+    first = trained(3)
+    path = checkpoint.save(
+        tmp_path, 3, {"m": first.module.state_dict(), "o": checkpoint.optimiser_tensors(first.module, first.optimiser)}, {}
+    )
+    loaded, _ = checkpoint.load(path)
+    second = trained(1)  # something else in its place
+    checkpoint.restore_module(second.module, loaded["m"], "here")
+    checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"])
+    go_on(second, 3, 3)
+    for key, value in whole.module.state_dict().items():
+        assert torch.equal(value, second.module.state_dict()[key]), key
+    assert loaded["o"].keys() == {
+        f"{name}/{m}" for name, _ in network().named_parameters() for m in ("exp_avg", "exp_avg_sq", "step")
+    }
+
+
+def test_a_player_without_parameters_has_no_moments():
+    fixed = Player.of("prior", nn.Identity())
+    assert checkpoint.optimiser_tensors(fixed.module, fixed.optimiser) == {}
+    checkpoint.restore_optimiser(fixed.module, fixed.optimiser, {})

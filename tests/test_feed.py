@@ -1,0 +1,116 @@
+"""From stored rows to batches: scaling, sizes, fading; where the data lies changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from siv_core import feed
+from siv_core.protocols import Rows, Spec
+
+CPU = torch.device("cpu")
+SPEC = Spec(shape=(3, 8, 8), classes=5)
+GENERATOR = torch.Generator().manual_seed(0)
+STORED = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=GENERATOR)
+ROWS = Rows(STORED, labels=torch.arange(20) % 5, index=torch.arange(19, 3, -1))
+CONTIGUOUS = torch.contiguous_format
+
+
+@pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0), (-4.0, 4.0)])
+def test_bytes_are_scaled_onto_the_value_range(value_range):
+    low, high = value_range
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x = feed.to_float(levels, Spec((1, 16, 16), value_range=value_range))
+    assert x.dtype == torch.float32
+    assert (x.min(), x.max()) == value_range
+    assert np.allclose(x.flatten().numpy(), np.arange(256) / 255 * (high - low) + low, atol=1e-6)
+
+
+def test_floats_stay_as_they_are():
+    x = torch.randn(4, 2)
+    assert feed.to_float(x, Spec((2,), kind="array", value_range=(-4.0, 4.0))) is x
+
+
+def area(x, height, width):
+    """Naive area means of [N, C, H, W]; H and W are multiples."""
+    n, c, h, w = x.shape
+    result = np.zeros((n, c, height, width))
+    for i in range(height):
+        for j in range(width):
+            block = x[:, :, i * h // height : (i + 1) * h // height, j * w // width : (j + 1) * w // width]
+            result[:, :, i, j] = block.mean(axis=(2, 3))
+    return result
+
+
+@pytest.mark.parametrize("size", [(4, 4), (2, 2), (1, 1), (8, 2), (8, 8)])
+def test_smaller_sizes_are_area_means(size):
+    x = feed.to_float(STORED, SPEC, (3, *size))
+    assert np.allclose(x.numpy(), area(STORED.numpy() / 255, *size), atol=1e-6)
+
+
+def test_a_half_size_of_a_half_size_is_a_quarter():
+    x = STORED.float() / 255
+    twice = feed.to_float(feed.to_float(x, SPEC, (3, 4, 4)), SPEC, (3, 2, 2))
+    assert torch.allclose(twice, feed.to_float(x, SPEC, (3, 2, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("fade", [0.0, 0.25, 1.0])
+def test_a_fading_stage_blends_with_half_the_resolution(fade):
+    x = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    half = area(x.numpy(), 2, 3).repeat(2, axis=2).repeat(2, axis=3)
+    expected = fade * x.numpy() + (1 - fade) * half
+    assert np.allclose(feed.blend(x, torch.tensor(fade)).numpy(), expected, atol=1e-6)
+
+
+def test_a_fade_of_one_changes_no_bit():
+    x = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(feed.blend(x, torch.ones(())), x)
+
+
+def test_positions_are_those_of_the_split():
+    batch = feed.Feed(ROWS, SPEC, CPU, "auto", conditional=True).take(torch.tensor([0, 15, 3, 3]), SPEC.shape, CONTIGUOUS)
+    rows = [19, 4, 16, 16]
+    assert torch.equal(batch.x, STORED[rows].float() * (1 / 255))
+    assert batch.labels.tolist() == [row % 5 for row in rows]
+    without = feed.Feed(ROWS, SPEC, CPU, "auto", conditional=False).take(torch.tensor([0]), SPEC.shape, CONTIGUOUS)
+    assert without.labels is None
+
+
+def test_batches_go_through_a_split_once():
+    parts = list(feed.batches(ROWS, SPEC, 6))
+    assert [len(part) for part in parts] == [6, 6, 4]
+    assert torch.equal(torch.cat(parts), STORED[ROWS.index].float() * (1 / 255))
+    assert torch.equal(feed.images(evolve(ROWS, index=None), torch.arange(20), SPEC), STORED.float() * (1 / 255))
+
+
+@pytest.mark.parametrize("stored", ["uint8", "float", "memory-mapped"])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 4, 4)])
+def test_residency_never_changes_a_bit(tmp_path, stored, shape):
+    x = STORED if stored == "uint8" else STORED.float() / 255
+    if stored == "memory-mapped":
+        mapped = np.memmap(tmp_path / "x", np.uint8, "w+", shape=tuple(STORED.shape))
+        mapped[:] = STORED.numpy()
+        x = torch.from_numpy(mapped)
+    rows = evolve(ROWS, x=x)
+    feeds = {place: feed.Feed(rows, SPEC, CPU, place, conditional=True) for place in ("device", "host", "auto")}
+    assert [feeds[place].residency for place in ("device", "host", "auto")] == ["device", "host", "device"]
+    assert feeds["host"].x is x
+    assert feeds["device"].x.data_ptr() != x.data_ptr()
+    positions = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    batches = [one.take(positions, shape, CONTIGUOUS) for one in feeds.values()]
+    for batch in batches[1:]:
+        assert torch.equal(batch.x, batches[0].x)
+        assert torch.equal(batch.labels, batches[0].labels)
+    before = x.clone()
+    batches[1].x.zero_()
+    assert torch.equal(x, before), "a batch shares memory with the data"
+
+
+def test_the_memory_layout_is_the_one_asked_for():
+    one = feed.Feed(ROWS, SPEC, CPU, "device", conditional=False)
+    plain, last = (one.take(torch.arange(4), SPEC.shape, layout) for layout in (CONTIGUOUS, torch.channels_last))
+    assert plain.x.is_contiguous()
+    assert last.x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain.x, last.x)

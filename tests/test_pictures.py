@@ -1,0 +1,180 @@
+"""Pictures, pixel by pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from siv_core import evaluate, pictures
+from siv_core.errors import UserError
+from siv_core.latents import Gaussian
+from siv_core.model import Model
+from siv_core.players import Priors
+from siv_core.protocols import Spec
+
+GAP = 2
+
+
+def flat(values, size=64):
+    """Images [N, size, size, 3] of one grey level each."""
+    return np.stack([np.full((size, size, 3), value, np.uint8) for value in values])
+
+
+def cell(sheet, row, column, size=64):
+    top, left = GAP + row * (size + GAP), GAP + column * (size + GAP)
+    return sheet[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("value_range", "value", "level"),
+    [
+        ((0, 1), 0.0, 0),
+        ((0, 1), 1.0, 255),
+        ((0, 1), 0.5, 128),
+        ((-1, 1), 0.0, 128),
+        ((-1, 1), -1.0, 0),
+        ((0, 1), 1.7, 255),
+        ((0, 1), -9, 0),
+    ],
+)
+def test_levels(value_range, value, level):
+    shown = pictures.to_uint8(torch.full((2, 1, 3, 4), float(value)), value_range)
+    assert shown.shape == (2, 3, 4, 3)
+    assert (shown == level).all()
+
+
+def test_colours_keep_their_places():
+    x = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    shown = pictures.to_uint8(x, (0, 1))
+    assert (shown == np.rint(x.numpy().transpose(0, 2, 3, 1) * 255)).all()
+
+
+def test_bytes_come_back():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for low, high in ((0.0, 1.0), (-1.0, 1.0)):
+        x = levels.float() * ((high - low) / 255) + low
+        assert (pictures.to_uint8(x, (low, high))[0, :, :, 0] == levels[0, 0].numpy()).all()
+
+
+def test_a_grid():
+    sheet = pictures.grid(flat([10, 20, 30, 40, 50]), 3)
+    assert sheet.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    for i, value in enumerate([10, 20, 30, 40, 50]):
+        assert (cell(sheet, i // 3, i % 3) == value).all()
+    assert (cell(sheet, 1, 2) == 255).all()
+    inside = np.zeros(sheet.shape[:2], bool)
+    for i in range(6):
+        cell(inside, i // 3, i % 3)[:] = True
+    assert (sheet[~inside] == 255).all()
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, 64), (60, 120), (64, 64), (65, 65), (3, 66), (1, 64)])
+def test_small_images_are_enlarged_by_whole_factors(size, shown):
+    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    sheet = pictures.grid(image, 1)
+    assert sheet.shape == (shown + 4, shown + 4, 3)
+    factor = shown // size
+    assert (sheet[2:-2, 2:-2][::factor, ::factor] == image[0]).all()
+    assert (sheet[2:-2, 2:-2][factor - 1 :: factor, factor - 1 :: factor] == image[0]).all()
+
+
+def test_a_matrix():
+    left, top = flat([11, 12]), flat([21, 22, 23])
+    cells = flat([31, 32, 33, 41, 42, 43])
+    sheet = pictures.matrix(left, top, cells)
+    assert (cell(sheet, 0, 0) == 255).all()
+    for i in range(2):
+        assert (cell(sheet, i + 1, 0) == 11 + i).all()
+        for j in range(3):
+            assert (cell(sheet, 0, j + 1) == 21 + j).all()
+            assert (cell(sheet, i + 1, j + 1) == 31 + 10 * i + j).all()
+    assert (sheet[66:68, 66:] == 0).all()  # the lines lie in the gaps
+    assert (sheet[66:, 66:68] == 0).all()
+
+
+def test_png(tmp_path):
+    sheet = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    pictures.save_png(tmp_path / "a.png", sheet)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"
+        assert (np.asarray(picture) == sheet).all()
+
+
+def line(images, **values):
+    return {"step": images // 64, "images_seen": images, "phases": {"encoder": values, "decoder": values}}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [line(64, rec_real=3.0, kl_real=0.0, loss=-1.0, gradient_norm=2.0)],
+        [line(64 * i, rec_real=3.0 / i, kl_real=float(i), loss=1.0, gradient_norm=2.0) for i in range(1, 9)],
+        [line(64, rec_real="nan", kl_real=-1.0, loss="inf", gradient_norm=2.0), line(128, **{"kl_real.z": 1.0, "kl_real": 2.0})],
+    ],
+)
+def test_curves_are_a_picture(tmp_path, lines):
+    pictures.curves(tmp_path / "curves.png", lines)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1100, 700)
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+
+
+# -- pictures of a model ---------------------------------------------------------------------------------------------------------
+
+
+class Doubling(nn.Module):
+    """Encoder and decoder of a model whose reconstruction of x is 2x."""
+
+    def forward(self, x, labels=None, noise=None):
+        if isinstance(x, dict):
+            return 2 * x["z"].unflatten(1, (1, 2, 2))
+        return {"z": Gaussian(x.flatten(1), x.flatten(1))}
+
+
+def doubling() -> Model:
+    return Model(Doubling(), Doubling(), Priors({}), Spec((1, 2, 2)), {"z": 4}, None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 12, 16, 20])
+def test_reconstructions_stand_below_their_originals(count):
+    x = torch.arange(1, count + 1).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 255.0
+    sheet = evaluate.reconstructions(doubling(), x)
+    columns = min(count, 8)
+    assert sheet.shape == (-(-count // columns) * 2 * 66 + 2, columns * 66 + 2, 3)
+    for i in range(-(-count // columns) * columns):
+        row, column = 2 * (i // columns), i % columns
+        assert (cell(sheet, row, column) == (i + 1 if i < count else 255)).all()
+        assert (cell(sheet, row + 1, column) == (2 * (i + 1) if i < count else 255)).all()
+
+
+def test_translating_needs_two_groups():
+    with pytest.raises(UserError, match="this model has the latent groups z"):
+        evaluate.translation(doubling(), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+
+
+class Pair(nn.Module):
+    """Class: the upper row's mean; content: the lower one's; the decoder puts them back."""
+
+    def forward(self, x, labels=None, noise=None):
+        if isinstance(x, dict):
+            return torch.stack([x["class"], x["content"]], dim=1)[:, None].expand(-1, 1, 2, 2)
+        upper, lower = x[:, 0, 0, :1], x[:, 0, 1, :1]
+        return {"class": Gaussian(upper, upper), "content": Gaussian(lower, lower)}
+
+
+def test_translation_takes_class_by_row_and_content_by_column():
+    model = Model(
+        Pair(), Pair(), Priors({}), Spec((1, 2, 2)), {"class": 1, "content": 1}, ("class", "content"), torch.device("cpu")
+    )
+    classes, contents = torch.rand(2, 1, 2, 2), torch.rand(3, 1, 2, 2)
+    cells = evaluate.translation(model, classes, contents).cells.unflatten(0, (2, 3))
+    for i in range(2):
+        for j in range(3):
+            assert torch.equal(cells[i, j, 0, 0], classes[i, 0, 0, :1].expand(2))
+            assert torch.equal(cells[i, j, 0, 1], contents[j, 0, 1, :1].expand(2))
+    combined = model.combine({"class": classes, "content": contents[:2]})
+    assert torch.equal(combined[1], cells[1, 1])
