@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from siv_core import build, catalogue, recipe
 from siv_core.latents import kl_standard
 from siv_core.parallel import Parallel

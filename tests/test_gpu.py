@@ -40,4 +40,3 @@ def test_precisions_stay_close_to_fp32(tmp_path, siv, precision):
         done = siv("run", recipe(tmp_path, precision=name), "--run-dir", tmp_path / name, "--device", "cuda")
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
-

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from siv_core import feed, session
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -42,7 +43,9 @@ def test_the_full_translation_recipe_makes_a_step(tmp_path, siv):
     sets = ["reconstruction.weights=random", "train.micro_batch=8", "train.tick=1 steps"]
     options = [part for setting in sets for part in ("--set", setting)]
     command = ["run", RECIPES / "cars3d_translation.toml", "--profile", "none", "--profile", "rendered", *options]
-    done = siv(*command, "--run-dir", tmp_path / "run", "--device", "cpu", "--max-time", "1s", seconds=1100, env={"OMP_NUM_THREADS": "2"})
+    done = siv(
+        *command, "--run-dir", tmp_path / "run", "--device", "cpu", "--max-time", "1s", seconds=1100, env={"OMP_NUM_THREADS": "2"}
+    )
     assert done.returncode == 0, done.stderr
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["step"], status["images_seen"]) == ("stopped", 1, 64)

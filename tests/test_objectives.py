@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
 from siv_core.component import per_group
 from siv_core.objectives import SoftIntroVAEConfig, VAEConfig, build_soft_intro_vae, build_vae
 from siv_core.players import Priors, make_nets, sources
@@ -14,8 +17,6 @@ from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
 from siv_core.testing import toy_networks
 from siv_core.trainer import tensors_of
-from torch import nn
-from torch.distributions import Normal, kl_divergence
 
 SPEC = Spec(shape=(2, 3, 3))
 N = 5
@@ -89,7 +90,7 @@ def sg(codes):
 
 
 def naive_encoder_half(s, noise, b, form, scale, alpha):
-    """The table of the canonical step, rows 2 to 5, one sample at a time, with requires_grad switched as the official code does."""
+    """The canonical step, encoder half, one sample at a time, with requires_grad switched as the published code does."""
     for p in s.naive_D.parameters():
         p.requires_grad_(False)
     q = s.naive_E(s.x)
@@ -116,7 +117,7 @@ def naive_encoder_half(s, noise, b, form, scale, alpha):
 
 
 def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p):
-    """Rows 6 to 9, with the encoder as it is after its update."""
+    """The decoder half, with the encoder as it is after its update."""
     s.naive_D.zero_grad()
     for p in s.naive_E.parameters():
         p.requires_grad_(False)
@@ -126,10 +127,8 @@ def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p):
         own = noise["decoder_phase"][name]
         q_f = s.naive_E(fake)
         z_f = naive_sample(q_f, own["codes"])
-        if form == "paper":
-            rec = squared(fake, s.naive_D(z_f).detach())
-        else:
-            rec = squared(fake.detach(), s.naive_D(sg(z_f)))
+        paper = form == "paper"
+        rec = squared(fake, s.naive_D(z_f).detach()) if paper else squared(fake.detach(), s.naive_D(sg(z_f)))
         kl_f = naive_kl(q_f)
         weighted_kl = sum(b["beta_kl"][g] * kl_f[g].mean() for g in kl_f)
         total = total + scale * gamma * 0.5 * (weighted_kl + gamma_r * b["beta_rec"] * rec.mean())
@@ -170,7 +169,9 @@ def test_soft_intro_vae_is_algorithm_2(groups, form, share_noise):
     if not share_noise:
         with torch.no_grad():
             z, z_p = naive_sample(s.naive_E(s.x), noise["posterior_again"]), noise["prior_again"]
-    naive_loss_d, naive_grads_d = naive_decoder_half(s, noise, b, form, numbers["scale"], numbers["gamma"], numbers["gamma_r"], z, z_p)
+    naive_loss_d, naive_grads_d = naive_decoder_half(
+        s, noise, b, form, numbers["scale"], numbers["gamma"], numbers["gamma_r"], z, z_p
+    )
     agree(loss_d, naive_loss_d)
     agree(list(grads_d["decoder"]), naive_grads_d)
 
@@ -181,7 +182,9 @@ def test_the_three_stop_gradient_forms_differ():
     for form in ("official", "paper", "full"):
         objective = build_soft_intro_vae(SoftIntroVAEConfig(**BETAS["one"], gamma_r=0.5, stop_gradient=form), SPEC, s.groups)
         noise = to_double(objective.draw(N, Streams(1, 7), s.sources))
-        gradients[form] = [torch.cat([g.flatten() for g in own]) for _, grads in play(objective, s, noise) for own in grads.values()]
+        gradients[form] = [
+            torch.cat([g.flatten() for g in own]) for _, grads in play(objective, s, noise) for own in grads.values()
+        ]
     assert not torch.allclose(gradients["official"][0], gradients["full"][0])
     assert not torch.allclose(gradients["official"][0], gradients["paper"][0])
     assert not torch.allclose(gradients["official"][1], gradients["paper"][1])
@@ -227,7 +230,9 @@ def test_terms_are_what_was_summed():
 
 def test_the_loss_is_float32_under_bf16_networks():
     s = setting(GROUPS["one"])
-    nets = make_nets({"encoder": s.E.float(), "decoder": s.D.float()}, squared, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    nets = make_nets(
+        {"encoder": s.E.float(), "decoder": s.D.float()}, squared, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
     q = nets["encoder"](s.x.float())["z"]
     assert q.mu.dtype == q.logvar.dtype == torch.float32
     assert nets["decoder"]({"z": q.mu}).dtype == torch.float32

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import crash
 import pytest
+
 from siv_core import checkpoint
 from siv_core.errors import UserError
 
@@ -168,7 +169,7 @@ def test_weights_of_another_network_are_named(tmp_path):
     assert "[2, 2], the network needs [3, 2]" in text
 
 
-# -- signals -----------------------------------------------------------------------------------------------------------------------
+# -- signals -----------------------------------------------------------------------------------------------------
 
 LONG = RECIPE.replace('"5 steps"', '"2000 steps"').replace('"9 steps"', '"400000 steps"').replace('"4 steps"', '"5000 steps"')
 SECONDS = 5.0
@@ -257,7 +258,7 @@ def test_random_kills_in_wall_time(recipe, tmp_path, undisturbed):
         assert contents(run) == expected
 
 
-# -- preparation -------------------------------------------------------------------------------------------------------------------
+# -- preparation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

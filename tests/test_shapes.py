@@ -11,6 +11,9 @@ import pytest
 import torch
 import toys
 from safetensors.torch import load_file
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from siv_core.component import per_group
 from siv_core.objectives import SoftIntroVAEConfig, build_soft_intro_vae
 from siv_core.players import Priors, make_nets, sources
@@ -18,8 +21,6 @@ from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
 from siv_core.trainer import tensors_of
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
@@ -78,7 +79,9 @@ def test_toy_priors_keep_the_contract(prior):
 
 
 def test_flow_prior_is_a_third_player(catalogue, tmp_path):
-    recipe = toys.tree(prior={"name": "flow"}, objective={"name": "three_players", "beta_neg": 4.0}, optim={"prior": {"lr": 0.05}})
+    recipe = toys.tree(
+        prior={"name": "flow"}, objective={"name": "three_players", "beta_neg": 4.0}, optim={"prior": {"lr": 0.05}}
+    )
     t = toys.trainer(catalogue, tmp_path, recipe)
     check_objective(toys.build_three_players(SoftIntroVAEConfig(), Spec((3, 4, 4)), {"a": 3, "b": 2}), Spec((3, 4, 4)))
     before = toys.weights(t, "prior")
@@ -254,7 +257,11 @@ keep_every = 1
 
 def first_moments(run, step=1):
     folder = run / f"checkpoints/step_{step:08d}"
-    tensors = {f"{player}/{k}": v for player in ("encoder", "decoder") for k, v in load_file(folder / f"{player}.optimiser.safetensors").items()}
+    tensors = {
+        f"{player}/{k}": v
+        for player in ("encoder", "decoder")
+        for k, v in load_file(folder / f"{player}.optimiser.safetensors").items()
+    }
     return {key: value for key, value in tensors.items() if key.endswith("exp_avg")}
 
 

@@ -144,9 +144,7 @@ class AffineMap:
 
 def three_player_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
     """The decoder's loss, and for the prior alone s Σ_g B_k KL[sg q(z|x) ‖ p]."""
-    loss, terms, carry = objectives.soft_decoder_loss(
-        nets, batch, noise, c, carry, stop_gradient="official", share_noise=True
-    )
+    loss, terms, carry = objectives.soft_decoder_loss(nets, batch, noise, c, carry, stop_gradient="official", share_noise=True)
     prior = objectives.realise(nets, frozen=False)
     q = detach_posterior(nets["encoder"](batch.x))
     fit = kl(q, prior, noise["kl"]["real"])
@@ -241,5 +239,3 @@ def weights(trainer: Trainer, player: str) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
-
-
