@@ -212,10 +212,8 @@ def parse(
     if unknown:
         raise UserError(f"{path}: no profile '{name}'{near_miss(name, known)}" for name in unknown)
     merged = {key: value for key, value in tree.items() if key != "profiles"}
-    for name in chosen:
-        merged = merge(merged, known[name])
-    for setting in sets:
-        merged = merge(merged, _set(setting))
+    for over in (*(known[name] for name in chosen), *map(_set, sets)):
+        merged = overlay(merged, over)
     problems: list[str] = []
     recipe = _Reader(catalogue, problems).recipe(merged, path.stem, source)
     if recipe is None or problems:
@@ -226,6 +224,17 @@ def parse(
 def renamed(recipe: Recipe, name: str) -> Recipe:
     """The same recipe under the name it was first read by."""
     return evolve(recipe, name=name)
+
+
+def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`merge` for whole recipes: stages and a length say the same thing, so the one that comes later takes the other's place."""
+    merged = merge(base, over)
+    train = over.get("train")
+    if "stages" in over and isinstance(merged.get("train"), dict):
+        merged["train"].pop("length", None)
+    elif isinstance(train, dict) and "length" in train:
+        merged.pop("stages", None)
+    return merged
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siv_core import build
+from siv_core import recipe as recipes
 from siv_core.component import PerGroup, option
 from siv_core.convert import Length, describe, plain, structure
 from siv_core.errors import UserError
@@ -731,3 +732,10 @@ def test_a_shipped_recipe(path, catalogue):
         recipe = load(path, catalogue, chosen)
         assert recipe.profiles == chosen
         assert json.dumps(recipe.resolved(), allow_nan=False)
+
+
+def test_a_later_length_takes_the_place_of_stages_and_the_other_way_round():
+    staged = {"train": {"batch": 8}, "stages": [{"length": "3 steps"}]}
+    assert recipes.overlay(staged, {"train": {"length": "5 steps"}}) == {"train": {"batch": 8, "length": "5 steps"}}
+    plain = {"train": {"batch": 8, "length": "5 steps"}}
+    assert recipes.overlay(plain, {"stages": [{"length": "3 steps"}]}) == staged
