@@ -5,6 +5,7 @@ A checkpoint appears under its name in one rename, whole, or not at all. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -95,9 +96,9 @@ def path_of(folder: Path, which: str) -> Path:
 def prune(folder: Path, keep_every: int) -> None:
     """Keep the two newest and, counted by their order in training, every `keep_every`-th."""
     for path in [folder / f"step_{step:08d}" for step in steps(folder)[:-2]]:
-        number = read_json(path / "state.json").get("number", 0)
-        if not keep_every or number % keep_every:
-            remove(path)
+        with contextlib.suppress(UserError):  # a damaged one is left for its owner to look at
+            if not keep_every or read_json(path / "state.json")["number"] % keep_every:
+                remove(path)
 
 
 def remove(path: Path) -> None:

@@ -28,7 +28,8 @@ class Screen:
     """Watches a run for a person; on a terminal as moving bars, elsewhere as lines. Takes the first signal as a wish to stop."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        self.console = Console(stderr=stderr, highlight=False)
+        quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+        self.console = Console(stderr=stderr, highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 200  # a file has no width to keep to
         self.signum = 0

@@ -42,8 +42,10 @@ class Length:
 
     def steps(self, batch: int, epoch_images: int) -> int:
         """Whole steps, rounded up."""
-        images = {"steps": batch, "epochs": epoch_images, "images": 1}[self.unit] * self.count
-        return math.ceil(images / batch - 1e-9)
+        return math.ceil(self.images(batch, epoch_images) / batch - 1e-9)
+
+    def images(self, batch: int, epoch_images: int) -> float:
+        return {"steps": batch, "epochs": epoch_images, "images": 1}[self.unit] * self.count
 
 
 def _type_name(kind: Any) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
 from siv_core import feed, pictures
@@ -16,6 +17,9 @@ from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Metric, Progress
 from siv_core.seeding import Streams
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHOWN = 8  # images a row of a picture
 
@@ -105,31 +109,46 @@ def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[
 
 def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
     """A user's pictures fitted to the model as at preparation, [N, *spec.shape], and a line for each that had to be changed."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
-    channels, height, width = model.spec.shape
     fitted, notes, problems = [], [], []
     for path in paths:
         try:
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened)
-                if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
-                    picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-                picture = picture.convert("L" if channels == 1 else "RGB")
+                array, changes = fit(opened, *model.spec.shape)
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             problems.append(f"{path}: no picture that can be read ({error})")
             continue
-        if picture.size != (width, height):
-            side = min(picture.size)
-            notes.append(f"{path}: {picture.width} × {picture.height}, centre square resized to {width} × {height}")
-            picture = ImageOps.fit(
-                picture, (width, height), Image.Resampling.LANCZOS if side > width else Image.Resampling.BICUBIC
-            )
-        array = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
-        fitted.append(feed.to_float(torch.from_numpy(array.copy())[None], model.spec)[0])
+        if changes:
+            notes.append(f"{path}: {', '.join(changes)}")
+        fitted.append(feed.to_float(torch.from_numpy(array)[None], model.spec)[0])
     if problems:
         raise UserError(problems)
     return torch.stack(fitted), notes
+
+
+def fit(picture: Image.Image, channels: int, height: int, width: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """uint8 [C, H, W] of a picture, and what was done to it: turned upright, put on white, cut to its centre, resized."""
+    from PIL import Image, ImageOps
+
+    changes = []
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+        changes.append("16 bits reduced to 8")
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        changes.append("put on white")
+    mode = "L" if channels == 1 else "RGB"
+    if picture.mode not in (mode, "RGBA"):
+        changes.append(f"{picture.mode} converted to {mode}")
+    picture = picture.convert(mode)
+    if picture.size != (width, height):
+        changes.append(f"{picture.width} × {picture.height}, centre resized to {width} × {height}")
+        smaller = picture.width >= width and picture.height >= height
+        method = Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC
+        picture = ImageOps.fit(picture, (width, height), method)
+    return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1).copy(), changes
 
 
 def final_pictures(model: Model, data: Dataset, folder: Path, seed: int) -> list[Path]:

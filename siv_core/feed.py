@@ -48,7 +48,7 @@ class Feed:
         self.rows, self.spec, self.device, self.conditional = rows, spec, device, conditional
         size = rows.x.numel() * rows.x.element_size()
         fits = residency == "device" or (residency == "auto" and size <= HOST_SHARE * _free_bytes(device))
-        self.x = rows.x.to(device).clone() if fits else rows.x
+        self.x = rows.x if not fits else rows.x.clone() if device.type == "cpu" else rows.x.to(device)
         self.residency = "device" if fits else "host"
 
     def take(self, positions: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:

@@ -41,10 +41,12 @@ class Model:
         modes = [player.training for player in players]
         for player in players:
             player.eval()
-        with torch.no_grad():
-            yield self.nets
-        for player, mode in zip(players, modes, strict=True):
-            player.train(mode)
+        try:
+            with torch.no_grad():
+                yield self.nets
+        finally:
+            for player, mode in zip(players, modes, strict=True):
+                player.train(mode)
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Posterior:
         """The posterior of images: {group: (mu, logvar)}."""

@@ -50,7 +50,9 @@ class Optim:
 class ShadowOptions:
     """`[shadow]`: exponential averages of players, for `--weights ema`."""
 
-    of: tuple[str, ...] = option(("encoder", "decoder", "prior"), doc="the players to average")
+    of: tuple[str, ...] = option(
+        ("encoder", "decoder", "prior"), doc="the players to average", choices=("encoder", "decoder", "prior")
+    )
     half_life: Length = option(Length(10_000, "images"), doc="after this long a weight counts half")
 
 
@@ -221,9 +223,9 @@ def parse(
     return evolve(recipe, profiles=chosen, automatic_profile=automatic, sets=sets)
 
 
-def renamed(recipe: Recipe, name: str) -> Recipe:
-    """The same recipe under the name it was first read by."""
-    return evolve(recipe, name=name)
+def as_before(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
+    """A recipe read from a run's copy of it, under the name and with the profiles it was first read with."""
+    return evolve(recipe, name=manifest["recipe"], automatic_profile=manifest["automatic_profile"])
 
 
 def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

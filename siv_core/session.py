@@ -129,7 +129,7 @@ def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides:
     )
     known = catalogue.load()
     read = recipe.load(found.path / "recipe.toml", known, request.profiles, request.sets)
-    return start(recipe.renamed(read, manifest["recipe"]), known, request, watcher or Silent())
+    return start(recipe.as_before(read, manifest), known, request, watcher or Silent())
 
 
 def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
@@ -148,6 +148,9 @@ def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, wat
     lacking = build.missing(built)
     if lacking:
         raise UserError(lacking)
+    for name, metric in built.metrics().items():
+        for need in metric.needs():
+            watcher.say(f"metric {name}: will be skipped in part: {need}")
     _set_precision(read.train)
     found = _run_dir(read, request, processes, watcher)
     with found.locked() if processes.main else nullcontext():
@@ -161,14 +164,10 @@ def _train_and_measure(
     prepare = getattr(built.reconstruction, "prepare", None)
     if prepare:
         prepare()
-    if read.init:
-        _start_from(built, read.init)
-    metrics = built.metrics()
-    for name, metric in metrics.items():
-        for need in metric.needs():
-            watcher.say(f"metric {name}: will be skipped in part: {need}")
-    trainer = Trainer.of(built, found, device, processes, watcher)
     newest = _newest(found, watcher)
+    if read.init and not newest:
+        _start_from(built, read.init)
+    trainer = Trainer.of(built, found, device, processes, watcher)
     if newest:
         trainer.resume(newest)
         watcher.say(f"going on from {newest}")

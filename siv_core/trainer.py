@@ -75,8 +75,8 @@ class Trainer:
         feed = Feed(built.dataset.rows("train"), built.spec, device, train.residency, conditional=train.conditional)
         rules = [rule for plan in built.recipe.stages for rule in built.objective(plan).shadows]
         if built.recipe.shadow:
-            shadow, epoch = built.recipe.shadow, len(feed.rows)
-            half_life = shadow.half_life.steps(1, epoch)
+            shadow = built.recipe.shadow
+            half_life = shadow.half_life.images(train.batch, len(feed.rows))
             rules += [Shadow("ema", of, half_life_images=half_life) for of in shadow.of if players[of].parameters]
         followers = [Follower.of(rule, players[rule.of]) for rule in dict.fromkeys(rules)]
         order = DataOrder(len(feed.rows), train.seed)

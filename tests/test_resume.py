@@ -224,6 +224,50 @@ def test_a_signal_while_data_is_prepared_keeps_what_is_done(tmp_path):
     assert len(json.loads(journal.read_text())["done"]) > 0
 
 
+CARS = """
+format = 1
+[data]
+name = "rendered_cars"
+size = 32
+[network]
+name = "adain"
+dims = { class = 4, content = 4 }
+encoder_channels = [4, 4, 4]
+stem_kernel = 0
+encoder_hidden = [8]
+decoder_channels = [4, 4, 4]
+output_channels = 4
+[objective]
+name = "soft_intro_vae"
+[train]
+batch = 16
+length = "2 steps"
+[metrics.content_transfer]
+pairs = 500
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_metrics_are_taken(tmp_path):
+    recipe, run = tmp_path / "cars.toml", tmp_path / "run"
+    recipe.write_text(CARS)
+    process = start(recipe, run)
+    wait_for(lambda: (run / "images/translation.png").exists(), seconds=120)
+    time.sleep(1)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert time.monotonic() - sent < SECONDS
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert not (run / "metrics.jsonl").exists()
+    command = [sys.executable, "-m", "siv_core.cli", "run", "--resume", str(run), "--set", "metrics.content_transfer.pairs=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert (run / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once(tmp_path):
     recipe, run = tmp_path / "long.toml", tmp_path / "run"

@@ -15,10 +15,12 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siv_core.component import per_group
+from siv_core.errors import Diverged
 from siv_core.objectives import SoftIntroVAEConfig, build_soft_intro_vae
 from siv_core.players import Priors, make_nets, sources
 from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
+from siv_core.session import Silent
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
 from siv_core.trainer import tensors_of
 
@@ -222,6 +224,32 @@ def test_a_step_reads_nothing_back_from_the_device(catalogue, tmp_path):
             follower.follow(t.players[follower.rule.of].module, 0, 64)
     with pytest.raises(AssertionError, match="in a step"), NoReadBack():
         torch.ones(1).item()
+
+
+def test_bf16_networks_stay_close_to_fp32(catalogue, tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        train = {**toys.DIGITS["train"], "length": "20 steps", "tick": "1 steps", "precision": precision}
+        t = toys.trainer(catalogue, tmp_path / precision, toys.tree(train=train))
+        assert t.run() == "finished"
+        losses[precision] = [values["loss"] for line in t.rundir.read("stats") for values in line["phases"].values()]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(catalogue, tmp_path):
+    t = toys.trainer(catalogue, tmp_path, toys.tree(train={**toys.DIGITS["train"], "length": "9 steps", "tick": "3 steps"}))
+
+    class Poisoner(Silent):
+        def stepped(self, step, steps, images_seen):
+            if step == 4:
+                t.players["decoder"].parameters[0].data.fill_(float("nan"))
+
+    t.observer = Poisoner()
+    with pytest.raises(Diverged, match=r"since step 4: rec_real of phase 'encoder'"):
+        t.run()
+    assert len(t.rundir.read("stats")) == 1  # the tick at step 3; nothing after it
+    assert not list(t.rundir.checkpoints.iterdir())
 
 
 def test_noise_does_not_depend_on_the_cut_of_the_batch(catalogue, tmp_path):
