@@ -27,6 +27,7 @@ class AdaINConfig:
     )
     encoder_hidden: tuple[int, ...] = option((256, 256), doc="units of the encoders' hidden linear layers", ge=1)
     class_pooling: bool = option(False, doc="the class encoder averages over the pixels: it sees what is there, not where")
+    content_normalisation: bool = option(False, doc="instance norm in the content encoder: it sees shapes, not colours")
     stem_kernel: int = option(
         7, doc="odd kernel size of the encoders' first convolution; 0: no stem, all halve the size", ge=0, le=15
     )
@@ -41,19 +42,28 @@ class AdaINConfig:
 
 
 class Encoder(nn.Module):
-    """x [N, C, H, W] to one Gaussian code: convolutions, then linear layers. No normalisation."""
+    """x [N, C, H, W] to one Gaussian code: convolutions, then linear layers; LORD has neither normalisation nor pooling."""
 
-    def __init__(self, channels: tuple[int, ...], widths: tuple[int, ...], stem_kernel: int, slope: float, pooling: bool) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        widths: tuple[int, ...],
+        stem_kernel: int,
+        slope: float,
+        pooling: bool,
+        normalisation: bool,
+    ) -> None:
         super().__init__()
         stem = [nn.Conv2d(channels[0], channels[1], stem_kernel, padding=stem_kernel // 2)] if stem_kernel else []
         down = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels[len(stem) :])]
         self.convolutions = nn.ModuleList([*stem, *down])
         self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.slope, self.pooling = slope, pooling
+        self.slope, self.pooling, self.normalisation = slope, pooling, normalisation
 
     def forward(self, x: Tensor) -> Gaussian:
         for layer in self.convolutions:
-            x = F.leaky_relu(layer(x), self.slope)
+            x = layer(x)
+            x = F.leaky_relu(normalised(x) if self.normalisation else x, self.slope)
         h = x.mean(dim=(2, 3)) if self.pooling else x.flatten(1)
         *hidden, head = self.linear
         for layer in hidden:
@@ -146,6 +156,7 @@ def build(config: AdaINConfig, spec: Spec) -> Networks:
             stem_kernel=config.stem_kernel,
             slope=config.slope,
             pooling=pooled[group],
+            normalisation=group == CONTENT and config.content_normalisation,
         )
         for group, dim in config.dims.items()
     }

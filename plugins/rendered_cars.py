@@ -100,9 +100,9 @@ class Face(NamedTuple):
 
 
 def random_paint(rng: np.random.Generator) -> Colour:
-    """A car colour; every fifth is a grey, kept darker than the background."""
+    """A car colour; every tenth is a grey, kept darker than the background."""
     hue, saturation, value = rng.random(3)
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         return colorsys.hsv_to_rgb(hue, 0.05, 0.2 + 0.68 * value)
     return colorsys.hsv_to_rgb(hue, 0.55 + 0.45 * saturation, 0.4 + 0.6 * value)
 
@@ -121,11 +121,11 @@ def car(model: int) -> Car:
         hood=max(shape.hood * shape.length, 0.23),  # behind the rounded front end
         deck=max(shape.deck * shape.length, 0.17),
         lean=0.06 + 0.14 * lean,
-        extra=0.1 + 0.12 * extra if chance[0] < 0.35 and kind != "bus" else 0.0,
+        extra=0.1 + 0.12 * extra if chance[0] < 0.2 and kind != "bus" else 0.0,
         paint=paint,
-        roof=paint if chance[1] < 0.6 else other if chance[1] < 0.8 else WHITE,
-        sill=paint if chance[2] < 0.5 else (0.2, 0.2, 0.2) if chance[2] < 0.75 else other,
-        stripe=paint if chance[3] < 0.75 else WHITE if chance[4] < 0.5 else other,
+        roof=paint if chance[1] < 0.8 else other if chance[1] < 0.9 else WHITE,
+        sill=paint if chance[2] < 0.7 else (0.2, 0.2, 0.2) if chance[2] < 0.9 else other,
+        stripe=paint if chance[3] < 0.88 else WHITE if chance[4] < 0.5 else other,
         glass=(0.1 + 0.3 * tint, 0.14 + 0.36 * tint, 0.2 + 0.4 * tint),
         rim=(0.25 + 0.6 * rim,) * 3,
     )
