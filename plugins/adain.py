@@ -34,7 +34,6 @@ class AdaINConfig:
     decoder_channels: tuple[int, ...] = option((256, 256, 256, 256), doc="of the decoder's blocks, each doubling the size", ge=1)
     output_channels: int = option(64, doc="between the decoder's last two convolutions", ge=1)
     output_kernels: tuple[int, int] = option((5, 7), doc="odd kernel sizes of the decoder's last two convolutions", ge=1, le=15)
-    modulated_blocks: int = option(0, doc="how many of the last blocks have AdaIN; 0: all, as in LORD", ge=0)
     normalise_content: bool = option(False, doc="instance-normalise the first map, which only the content code has made")
     slope: float = option(0.01, doc="of the leaky ReLUs; LORD's TensorFlow code has 0.3", ge=0, lt=1)
     scale: str = option("direct", doc="AdaIN multiplies by scale, or by 1 + scale", choices=("direct", "one_plus"))
@@ -94,7 +93,6 @@ class AdaINDecoder(nn.Module):
         bottom: tuple[int, int],
         output: tuple[tuple[int, int], tuple[int, int]],
         slope: float,
-        modulated: int,
         one_plus: bool,
         normalise_content: bool,
         value_range: tuple[float, float] | None,
@@ -106,7 +104,7 @@ class AdaINDecoder(nn.Module):
         self.content = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         before = (channels[0], *channels[:-1])
         self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(before, channels, strict=True))
-        self.modulation = nn.ModuleList(nn.Linear(dims[CLASS], 2 * c) for c in channels[-modulated:])
+        self.modulation = nn.ModuleList(nn.Linear(dims[CLASS], 2 * c) for c in channels)
         inputs = (channels[-1], output[0][0])
         self.output = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, (b, k) in zip(inputs, output, strict=True))
         self.bottom, self.slope, self.one_plus, self.value_range = bottom, slope, one_plus, value_range
@@ -119,11 +117,9 @@ class AdaINDecoder(nn.Module):
         x = h.unflatten(1, (-1, *self.bottom))
         if self.normalise_content:
             x = normalised(x)
-        plain = len(self.blocks) - len(self.modulation)
-        for i, convolution in enumerate(self.blocks):
+        for convolution, modulation in zip(self.blocks, self.modulation, strict=True):
             x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2.0, mode="nearest")), self.slope)
-            if i >= plain:
-                x = self.adain(x, self.modulation[i - plain](codes[CLASS]))
+            x = self.adain(x, modulation(codes[CLASS]))
         wide, last = self.output
         x = last(F.leaky_relu(wide(x), self.slope))
         if self.value_range is None:
@@ -167,7 +163,6 @@ def build(config: AdaINConfig, spec: Spec) -> Networks:
         bottom=(height // grow, width // grow),
         output=((config.output_channels, config.output_kernels[0]), (channels, config.output_kernels[1])),
         slope=config.slope,
-        modulated=config.modulated_blocks,
         one_plus=config.scale == "one_plus",
         normalise_content=config.normalise_content,
         value_range=spec.value_range if config.output == "sigmoid" else None,
@@ -193,8 +188,6 @@ def check(config: AdaINConfig, spec: Spec) -> None:
         if any(size % 2**times for size in spec.shape[1:]):
             size = "x".join(map(str, spec.shape[1:]))
             problems.append(f"network.{name}_channels: images of {size} cannot be halved {times} times; give fewer channels")
-    if config.modulated_blocks > len(config.decoder_channels):
-        problems.append(f"network.modulated_blocks: there are only {len(config.decoder_channels)} blocks")
     if any(kernel % 2 == 0 for kernel in (config.stem_kernel or 1, *config.output_kernels)):
         problems.append("network: stem_kernel and output_kernels must be odd")
     if problems:
