@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from siv_core import evaluate, feed, files, pictures
+from siv_core import evaluate, files, pictures
 from siv_core.errors import UserError, near_miss
 from siv_core.model import Model
 from siv_core.protocols import Dataset
@@ -26,13 +26,14 @@ def sample(model: Model, folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path], seed: int) -> dict[str, Any]:
     """Reconstructions of the user's pictures or, without any, of held-out images."""
+    labels = None
     if paths:
         x, notes = evaluate.own_images(expand(paths), model)
     else:
-        chosen = evaluate.some(data, "held_out", 4 * evaluate.SHOWN, seed)
-        x, notes = feed.images(data.rows("held_out"), chosen, model.spec), ["held-out images of the run's data"]
-    y = model.reconstruct(x)
-    return _write(folder, "reconstructions", model, {"x": x, "y": y}, lambda: evaluate.reconstructions(model, x), notes)
+        x, labels = evaluate.held_out(data, model, 4 * evaluate.SHOWN, seed)
+        notes = ["held-out images of the run's data"]
+    arrays = {"x": x, "y": model.reconstruct(x, labels)}
+    return _write(folder, "reconstructions", model, arrays, lambda: evaluate.reconstructions(model, x, labels), notes)
 
 
 def taken(take: Sequence[str], model: Model) -> dict[str, list[Path]]:
@@ -52,15 +53,11 @@ def translate(
     model: Model, data: Dataset, folder: Path, given: Mapping[str, Sequence[Path]], count: int, seed: int
 ) -> dict[str, Any]:
     """The matrix of class and content images; held-out ones stand in for what is not given."""
-    if model.translate is None:
-        raise UserError(
-            f"this model has the latent groups {', '.join(model.groups)}: translating takes a class and a content group,"
-            " such as those of the network 'adain'"
-        )
+    groups = evaluate.translated_groups(model)
     sides: list[Tensor] = []
     notes: list[str] = []
     held_out = evaluate.held_out_pairs(data, model, count, seed) if len(given) < 2 else ()
-    for i, group in enumerate(model.translate):
+    for i, group in enumerate(groups):
         if group in given:
             x, changed = evaluate.own_images(given[group], model)
             notes += changed

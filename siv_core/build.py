@@ -65,12 +65,23 @@ class Built:
             return self.spec.shape
         if self.spec.kind != "image" or plan.size > min(self.spec.shape[1:]):
             raise UserError(f"stages: data.size {plan.size} does not fit data of shape {list(self.spec.shape)}")
-        return (self.spec.shape[0], plan.size, plan.size)
+        shape = (self.spec.shape[0], plan.size, plan.size)
+        grows = all(hasattr(module, "set_stage") for module in (self.networks.encoder, self.networks.decoder))
+        if shape != self.spec.shape and not grows:
+            name = " and ".join(choice.name for choice in self.recipe.network)
+            raise UserError(
+                f"stages: data.size {plan.size}: network '{name}' is made for {list(self.spec.shape)} alone; other sizes take an"
+                " encoder and a decoder with `set_stage`. Leave data.size out of the stages, or set it in [data] for all"
+            )
+        return shape
 
     def model(self, device: torch.device, name: str = "") -> Model:
+        encoder, decoder = self.networks.encoder.to(device), self.networks.decoder.to(device)
+        if self.recipe.train.channels_last:  # as in training: another layout rounds otherwise
+            encoder, decoder = (module.to(memory_format=torch.channels_last) for module in (encoder, decoder))
         return Model(
-            encoder=self.networks.encoder.to(device),
-            decoder=self.networks.decoder.to(device),
+            encoder=encoder,
+            decoder=decoder,
             priors=self.priors.to(device),
             spec=self.spec,
             groups=self.networks.groups,
@@ -102,9 +113,12 @@ def dataset(recipe: Recipe, catalogue: Catalogue) -> Dataset:
     return built
 
 
-def build(recipe: Recipe, catalogue: Catalogue, data: Dataset) -> Built:
-    """Networks, priors and losses for this data; weights are not needed yet. Leaves the global random state as it was."""
-    spec = attrs.evolve(data.spec, conditional=recipe.train.conditional)
+def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None = None) -> Built:
+    """Networks, priors and losses for this data; weights are not needed yet. Leaves the global random state as it was.
+
+    `spec` stands in for the data's own where the data is not at hand.
+    """
+    spec = attrs.evolve(spec or data.spec, conditional=recipe.train.conditional)
     if spec.conditional and not spec.classes:
         raise UserError(f"train.conditional: data '{recipe.data.name}' has no labels")
     with torch.random.fork_rng(devices=[]):

@@ -123,7 +123,15 @@ def restore_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer | None
     optimiser.state.clear()
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
-        optimiser.state[parameters[name]][moment] = value.to(parameters[name].device)
+        optimiser.state[parameters[name]][moment] = _laid_out_as(parameters[name], value)
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` on the parameter's device and, where it has its shape, in its strides."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    # fused Adam walks parameter and moments side by side in memory: contiguous moments of a channels-last weight are mixed up
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

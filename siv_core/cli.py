@@ -40,18 +40,24 @@ def main() -> None:
         sys.exit(1)
 
 
-recipe_options = options(
-    click.argument("recipe", type=PATH),
+override_options = (
     click.option(
         "--profile", "profiles", multiple=True, help="Apply a profile of the recipe; `none` turns the automatic one off."
     ),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value, such as train.batch=8."),
 )
+device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 model_options = options(
     click.argument("run", type=PATH),
     click.option("--checkpoint", default="last", show_default=True, metavar="STEP|last", help="Which checkpoint."),
-    click.option("--weights", type=click.Choice(["raw", "ema"]), default="raw", show_default=True, help="Which of its weights."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "raw", "ema"]),
+        default="auto",
+        show_default=True,
+        help="Which of its weights; auto: the averaged ones where the run kept them.",
+    ),
+    device_option,
 )
 out_options = options(
     click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."),
@@ -84,14 +90,11 @@ cli.add_command(recipes)
 @cli.command()
 @options(
     click.argument("recipe", type=PATH, required=False),
-    click.option(
-        "--profile", "profiles", multiple=True, help="Apply a profile of the recipe; `none` turns the automatic one off."
-    ),
-    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value, such as train.batch=8."),
+    *override_options,
     click.option("--run-dir", type=PATH, help="The run directory; one with this recipe's run in it is continued."),
     click.option("--resume", "resumed", type=PATH, metavar="RUN", help="Go on with this run where it stopped."),
     click.option("--max-time", callback=seconds, metavar="8m", help="Stop after the step in hand, with a checkpoint."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."),
+    device_option,
     click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop."),
     json_option,
 )
@@ -132,11 +135,10 @@ def run(
 
 
 @cli.command()
-@recipe_options
-@json_option
+@options(click.argument("recipe", type=PATH), *override_options, json_option)
 def check(recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Say what RECIPE would do: parameters, operations a step, and what is not at hand. Trains nothing."""
-    watcher = screen(as_json)
+    watcher = screen(as_json, at_once=True)
     from siv_core import catalogue, inspect, session
     from siv_core import recipe as reader
 
@@ -253,7 +255,7 @@ def evaluate(run: Path, checkpoint: str, weights: str, device: str, as_json: boo
 @out_options
 def sample(run: Path, checkpoint: str, weights: str, device: str, count: int, seed: int, out: Path | None, as_json: bool) -> None:
     """Draw samples from the prior of RUN: a picture and an array."""
-    watcher = screen(as_json)
+    watcher = screen(as_json, at_once=True)
     from siv_core import apply, session
 
     _, model, found, _ = session.open_run(run, checkpoint, weights, device)
@@ -268,7 +270,7 @@ def reconstruct(
     run: Path, images: tuple[Path, ...], checkpoint: str, weights: str, device: str, seed: int, out: Path | None, as_json: bool
 ) -> None:
     """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
-    watcher = screen(as_json)
+    watcher = screen(as_json, at_once=True)
     from siv_core import apply, session
 
     built, model, found, _ = session.open_run(run, checkpoint, weights, device)
@@ -296,7 +298,7 @@ def translate(
     as_json: bool,
 ) -> None:
     """Class images down the left, content images along the top, and every class with every content between them."""
-    watcher = screen(as_json)
+    watcher = screen(as_json, at_once=True)
     from siv_core import apply, session
 
     built, model, found, _ = session.open_run(run, checkpoint, weights, device)
@@ -319,7 +321,7 @@ def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
 
 def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:
     rows: list[tuple[str, ...]] = [
-        (line["metric"], line["name"], f"{line['value']:.6g}" if "value" in line else f"skipped: {line['skipped']}")
+        (line["metric"], line["name"], f"{float(line['value']):.6g}" if "value" in line else f"skipped: {line['skipped']}")
         for line in lines
     ]
     watcher.table("Metrics", ("metric", "name", "value"), rows)

@@ -16,12 +16,17 @@ PATH = click.Path(path_type=Path)
 Command = Callable[..., Any]
 
 
-def screen(as_json: bool = False) -> Screen:
-    """The console of a command that works for a while; it listens to signals from here on."""
+def screen(as_json: bool = False, *, at_once: bool = False) -> Screen:
+    """The console of a command that works for a while; it is ended with the command, whatever that one's end is.
+
+    The first signal is a wish, which is granted where `progress` is called or a step ends; `at_once` is for commands that have
+    nothing to save.
+    """
     from siv_core.console import Screen
 
     made = Screen(stderr=as_json)
-    made.listen()
+    click.get_current_context().call_on_close(made.end)
+    made.listen(at_once=at_once)
     return made
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from siv_core.trainer import Trainer
 
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
+SHOW_CURSOR = b"\x1b[?25h"
 SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL reconstructed", "kl_fake": "KL generated"}
 
 
@@ -33,6 +34,7 @@ class Screen:
         if not self.console.is_terminal:
             self.console.width = 200  # a file has no width to keep to
         self.signum = 0
+        self.at_once = False
         self.live: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.last_line: dict[str, float] = {}
@@ -42,13 +44,18 @@ class Screen:
 
     # -- signals -----------------------------------------------------------------------------------------------------------------
 
-    def listen(self) -> None:
-        """The first SIGINT or SIGTERM asks for an end after a checkpoint, the second one ends at once."""
+    def listen(self, *, at_once: bool = False) -> None:
+        """The first SIGINT or SIGTERM asks for an end after a checkpoint, the second one ends at once; or already the first.
+
+        Ending at once is not left to Python's KeyboardInterrupt, which imports of torch and numpy may swallow.
+        """
+        self.at_once = at_once
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        if self.signum:
+        if self.signum or self.at_once:
+            self._show_cursor()
             os._exit(128 + number)
         self.signum = number
 
@@ -67,12 +74,12 @@ class Screen:
     def progress(self, what: str, done: int, total: int) -> None:
         """Work that is counted: a bar, or a line every few seconds."""
         if self.signum:
-            self._end()
+            self.end()
             raise Stopped(self.signum)
         if self.console.is_terminal:
             self._bar(what, done, total)
-            if done >= total and len(self.tasks) == 1:
-                self._end()
+            if done >= total:
+                self._end_bar(what)
             return
         now = time.monotonic()
         self.started.setdefault(what, (now, done))
@@ -96,7 +103,7 @@ class Screen:
         try:
             yield
         finally:
-            self._end()
+            self.end()
 
     def stepped(self, step: int, steps: int, images_seen: int) -> None:
         self.step = (step, steps, images_seen)
@@ -123,16 +130,31 @@ class Screen:
         if self.live is None:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
             more = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
-            self.live = Progress(*columns, *more, console=self.console, transient=True)
+            plain = self.console.stderr  # then standard output carries JSON, which is not for the display
+            self.live = Progress(*columns, *more, console=self.console, transient=True, redirect_stdout=not plain)
             self.live.start()
         if what not in self.tasks:
             self.tasks[what] = self.live.add_task(what, total=total, completed=done, text=text)
         self.live.update(self.tasks[what], completed=done, total=total, text=text)
 
-    def _end(self) -> None:
+    def _end_bar(self, what: str) -> None:
+        """The last bar takes the live display with it, so that the terminal is as it was."""
         if self.live is not None:
-            self.live.stop()
-        self.live, self.tasks = None, {}
+            self.live.remove_task(self.tasks.pop(what))
+        if not self.tasks:
+            self.end()
+
+    def end(self) -> None:
+        """Give the terminal back: its cursor, and the standard output that rich redirects meanwhile."""
+        live, self.live, self.tasks = self.live, None, {}
+        if live is not None:
+            live.stop()
+
+    def _show_cursor(self) -> None:
+        """By hand and without rich's locks, which the code that a signal interrupted may hold."""
+        if self.live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                os.write(self.console.file.fileno(), SHOW_CURSOR)
 
     # -- tables ------------------------------------------------------------------------------------------------------------------
 
@@ -140,6 +162,7 @@ class Screen:
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
+        self.end()
         self.console.print(table, markup=False)
 
 

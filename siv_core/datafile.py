@@ -3,14 +3,13 @@
 `images` uint8 [N, C, H, W], contiguous and uncompressed; optional `labels` int64 [N], `factors` int64 [N, F] (attribute `names`,
 `sizes`), `split` uint8 [N] (0 train, 1 held out). Attributes: format, source, sha256 (of the image bytes), value_range, complete.
 While a file is made its images grow in `FILE.partial`, and `FILE.partial.json` says how far they are: a killed preparation goes
-on where it stopped, and nothing half-written bears the file's own name.
+on where it stopped, and nothing half-written bears the file's own name. `FILE.lock` keeps a second process from it meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,36 @@ def write(
     """Make a data file of `shape` [N, C, H, W] from blocks of `block` rows.
 
     `produce(numbers)` yields (number, uint8 rows) for the block numbers that are still missing, in any order. `source` says what
-    the rows are made from; a partial file of another source starts over.
+    the rows are made from; a partial file of another source starts over. While another process makes the same file this one
+    waits, and has nothing left to do afterwards.
     """
     files.make_folder(path.parent)
-    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
+    wait = f"waiting for another process that prepares {path.name}"
+    with files.alone(path, lambda: progress(wait, 0, 1)) as waited:
+        if waited:
+            progress(wait, 1, 1)
+        if not path.exists():
+            images = _grow(path, shape, block, produce, progress, source)
+            _write_whole(path, Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split))
+            for left in _partial(path):
+                left.unlink()
+
+
+def _partial(path: Path) -> tuple[Path, Path]:
+    """The images of an unfinished file, and the journal of its blocks."""
+    return path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
+
+
+def _grow(
+    path: Path,
+    shape: tuple[int, int, int, int],
+    block: int,
+    produce: Callable[[list[int]], Iterator[Block]],
+    progress: Progress,
+    source: str,
+) -> NDArray[np.uint8]:
+    """All images, in the partial file, from where an interrupted preparation stopped."""
+    partial, journal = _partial(path)
     count = -(-shape[0] // block)
     key = {"format": FORMAT, "source": source, "shape": list(shape), "block": block}
     done = _journal(journal, key) if partial.exists() and partial.stat().st_size == int(np.prod(shape)) else set()
@@ -82,10 +107,7 @@ def write(
         _note(images, journal, key, done)
     if len(done) < count:
         raise RuntimeError(f"{path}: {count - len(done)} of {count} blocks were not produced")
-    table = Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split)
-    _write_whole(path, table)
-    partial.unlink()
-    journal.unlink()
+    return images
 
 
 def _journal(path: Path, key: dict[str, Any]) -> set[int]:
@@ -247,8 +269,3 @@ def check(path: Path) -> dict[str, Any]:
 
 def _sha256(images: NDArray[np.uint8]) -> str:
     return hashlib.sha256(images.data).hexdigest()
-
-
-def slug(text: str) -> str:
-    """A text as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")

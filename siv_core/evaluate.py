@@ -15,7 +15,7 @@ from torch import Tensor
 from siv_core import feed, pictures
 from siv_core.errors import UserError
 from siv_core.model import Model
-from siv_core.protocols import Dataset, Metric, Progress
+from siv_core.protocols import Dataset, Measurement, Metric, Progress
 from siv_core.seeding import Streams
 
 if TYPE_CHECKING:
@@ -27,10 +27,16 @@ SHOWN = 8  # images a row of a picture
 def measure(
     metrics: Mapping[str, Metric], model: Model, data: Dataset, about: dict[str, Any], progress: Progress
 ) -> list[dict[str, Any]]:
-    """A line for each value: metric, name, value or the reason why it was skipped, protocol; `about` is in each."""
+    """A line for each value: metric, name, value or the reason why it was skipped, protocol; `about` is in each.
+
+    A metric that cannot be taken at all is one line of the name "all"; the others go on.
+    """
     lines = []
     for name, metric in metrics.items():
-        measured = metric.measure(model, data, progress)
+        try:
+            measured = metric.measure(model, data, progress)
+        except UserError as error:
+            measured = Measurement({"all": "; ".join(error.problems)}, {})
         for value_name, value in measured.values.items():
             result = {"skipped": value} if isinstance(value, str) else {"value": float(value)}
             lines.append({"metric": name, "name": value_name, **result, "protocol": measured.protocol, **about})
@@ -44,9 +50,16 @@ def some(data: Dataset, split: str, count: int, seed: int) -> Tensor:
     return chosen.sort().values
 
 
-def reconstructions(model: Model, x: Tensor) -> pictures.Picture:
+def held_out(data: Dataset, model: Model, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """`count` seeded images of the held-out split, and their labels where the model takes some."""
+    rows, positions = data.rows("held_out"), some(data, "held_out", count, seed)
+    labels = rows.labels[rows.at(positions)] if model.spec.conditional and rows.labels is not None else None
+    return feed.images(rows, positions, model.spec), labels
+
+
+def reconstructions(model: Model, x: Tensor, labels: Tensor | None = None) -> pictures.Picture:
     """Originals above, their reconstructions below, `SHOWN` a row."""
-    above, below = (pictures.to_uint8(images, model.spec.value_range) for images in (x, model.reconstruct(x)))
+    above, below = (pictures.to_uint8(images, model.spec.value_range) for images in (x, model.reconstruct(x, labels)))
     columns = min(len(above), SHOWN)
     blank = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
     rows = [np.concatenate([half, blank]).reshape(-1, columns, *half.shape[1:]) for half in (above, below)]
@@ -55,7 +68,7 @@ def reconstructions(model: Model, x: Tensor) -> pictures.Picture:
 
 def preview(model: Model, data: Dataset, seed: int = 0) -> pictures.Picture:
     """Held-out images, their reconstructions, and samples below."""
-    shown = [reconstructions(model, feed.images(data.rows("held_out"), some(data, "held_out", SHOWN, seed), model.spec))]
+    shown = [reconstructions(model, *held_out(data, model, SHOWN, seed))]
     shown.append(pictures.grid(pictures.to_uint8(model.sample(2 * SHOWN, seed), model.spec.value_range), SHOWN))
     width = max(picture.shape[1] for picture in shown)
     padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in shown]
@@ -75,14 +88,19 @@ class Translation:
         return pictures.matrix(*parts)
 
 
-def translation(model: Model, classes: Tensor, contents: Tensor) -> Translation:
-    """The papers' matrix from class images [R, …] and content images [K, …]."""
+def translated_groups(model: Model) -> tuple[str, str]:
+    """The class group and the content group of a model that has them."""
     if model.translate is None:
         raise UserError(
             f"this model has the latent groups {', '.join(model.groups)}: translating takes a class and a content group,"
             " such as those of the network 'adain'"
         )
-    class_group, content_group = model.translate
+    return model.translate
+
+
+def translation(model: Model, classes: Tensor, contents: Tensor) -> Translation:
+    """The papers' matrix from class images [R, …] and content images [K, …]."""
+    class_group, content_group = translated_groups(model)
     class_codes = model.encode(classes)[class_group].mu
     content_codes = model.encode(contents)[content_group].mu
     rows, columns = len(classes), len(contents)
@@ -108,7 +126,7 @@ def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[
 
 
 def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
-    """A user's pictures fitted to the model as at preparation, [N, *spec.shape], and a line for each that had to be changed."""
+    """A user's pictures fitted to the model, [N, *spec.shape], and a line for each that had to be changed."""
     from PIL import Image, UnidentifiedImageError
 
     fitted, notes, problems = [], [], []
@@ -128,7 +146,10 @@ def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
 
 
 def fit(picture: Image.Image, channels: int, height: int, width: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """uint8 [C, H, W] of a picture, and what was done to it: turned upright, put on white, cut to its centre, resized."""
+    """uint8 [C, H, W] of a picture, and what was done to it: turned upright, put on white, cut to its centre, resized.
+
+    Smaller sizes are area means, as `feed.to_float` makes them of data stored larger than asked for.
+    """
     from PIL import Image, ImageOps
 
     changes = []
@@ -146,7 +167,7 @@ def fit(picture: Image.Image, channels: int, height: int, width: int) -> tuple[N
     if picture.size != (width, height):
         changes.append(f"{picture.width} × {picture.height}, centre resized to {width} × {height}")
         smaller = picture.width >= width and picture.height >= height
-        method = Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC
+        method = Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC
         picture = ImageOps.fit(picture, (width, height), method)
     return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1).copy(), changes
 
@@ -156,12 +177,11 @@ def final_pictures(model: Model, data: Dataset, folder: Path, seed: int) -> list
     if model.spec.kind != "image":
         return []
     value_range = model.spec.value_range
-    x = feed.images(data.rows("held_out"), some(data, "held_out", 4 * SHOWN, seed), model.spec)
     made = {
         "samples": pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN),
-        "reconstructions": reconstructions(model, x),
+        "reconstructions": reconstructions(model, *held_out(data, model, 4 * SHOWN, seed)),
     }
-    if model.translate:
+    if model.translate and not model.spec.conditional:  # two images of different classes have no label in common
         made["translation"] = translation(model, *held_out_pairs(data, model, SHOWN, seed)).picture(value_range)
     paths = []
     for name, picture in made.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from siv_core.protocols import Batch, Rows, Spec
 
 HOST_SHARE = 0.3  # of the free memory that data may take to be held there
+UNKNOWN_MEMORY = 4 << 30  # what a machine that does not say is taken to have free, in bytes
 
 
 def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -63,6 +65,7 @@ class Feed:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import os
-
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = [os.sysconf(name) if name in os.sysconf_names else 0 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")]
+    free, all_ = (count * os.sysconf("SC_PAGE_SIZE") for count in pages)
+    # macOS does not say what is free: half of what there is
+    return free or all_ // 2 or UNKNOWN_MEMORY

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from siv_core.errors import UserError
 
 TEMPORARY = ".siv-tmp-"  # prefix of everything half-written; the next start removes what a killed process left
+WAIT_SECONDS = 0.2  # between two looks at a lock that another process has
 
 
 @contextlib.contextmanager
@@ -81,6 +84,43 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: this folder cannot be made ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def alone(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Keep other processes from making `path` at the same time: `PATH.lock`, which goes with the process, however it ends.
+
+    `waiting` is called again and again while another process has it; what it raises ends the wait. Gives whether one waited.
+    """
+    lock, waited = path.with_name(path.name + ".lock"), False
+    while True:
+        with lock.open("a+") as file:
+            while not _locked(file):
+                waited = True
+                waiting()
+                time.sleep(WAIT_SECONDS)
+            # the one before took its lock file away when it was done: then this one guards nothing
+            if _is_at(file, lock):
+                try:
+                    yield waited
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(path: Path) -> None:

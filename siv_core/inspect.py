@@ -13,7 +13,7 @@ from siv_core import build
 from siv_core.build import Built
 from siv_core.catalogue import Catalogue
 from siv_core.errors import UserError
-from siv_core.players import Priors, make_nets, sources
+from siv_core.players import Priors, make_nets, sources, tree_map
 from siv_core.protocols import Batch
 from siv_core.recipe import Recipe, StagePlan
 from siv_core.seeding import Streams
@@ -62,7 +62,7 @@ def flops(built: Built, plan: StagePlan) -> int:
     priors = modules["prior"]
     assert isinstance(priors, Priors)
     drawn = objective.draw(plan.batch, Streams(0, 0), sources(built.networks.groups, priors, modules["decoder"]))
-    noise = _to_meta(drawn)
+    noise = tree_map(drawn, lambda x: x.to("meta"))
     labels = torch.zeros(plan.batch, dtype=torch.int64, device="meta") if built.spec.conditional else None
     batch = Batch(torch.empty(plan.batch, *built.shape(plan), device="meta"), labels)
     nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction)
@@ -79,11 +79,3 @@ def flops(built: Built, plan: StagePlan) -> int:
 def _shadows(built: Built, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     rules = [rule for plan in built.recipe.stages for rule in built.objective(plan).shadows]
     return {f"{rule.of}@{rule.name}": modules[rule.of] for rule in rules}
-
-
-def _to_meta(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.to("meta")
-    if isinstance(tree, dict):
-        return {key: _to_meta(value) for key, value in tree.items()}
-    return tree

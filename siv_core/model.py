@@ -10,10 +10,13 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from siv_core import latents
-from siv_core.latents import Codes, Posterior
-from siv_core.players import Priors, make_nets, sources
+from siv_core.errors import UserError
+from siv_core.latents import Codes, Gaussian, Posterior
+from siv_core.players import Priors, make_nets, rows_of, slices, sources
 from siv_core.protocols import Nets, Sources, Spec
 from siv_core.seeding import Streams
+
+BATCH = 256  # images that the networks see at once
 
 
 @frozen(eq=False)
@@ -50,20 +53,31 @@ class Model:
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Posterior:
         """The posterior of images: {group: (mu, logvar)}."""
+        self._check(labels)
         with self._quiet() as nets:
-            q: Posterior = nets["encoder"](x.to(self.device), labels)
-            return q
+            parts: list[Posterior] = [
+                nets["encoder"](*(None if part is None else part.to(self.device) for part in rows_of((x, labels), rows)))
+                for rows in _batches(len(x))
+            ]
+        return {group: Gaussian(*map(torch.cat, zip(*(q[group] for q in parts), strict=True))) for group in parts[0]}
 
     def decode(self, codes: Codes, labels: Tensor | None = None, seed: int = 0) -> Tensor:
         """Images of codes; `seed` matters only to decoders with noise of their own."""
+        self._check(labels)
+        n = len(next(iter(codes.values())))
+        given = {group: code.to(self.device) for group, code in codes.items()}
         with self._quiet() as nets:
-            n = len(next(iter(codes.values())))
             noise = self._sources().decoder(n, Streams(seed, 0, self.device)("decoder"))
-            x: Tensor = nets["decoder"](codes, labels, noise)
-            return x
+            tree = (given, None if labels is None else labels.to(self.device), noise)
+            return torch.cat([nets["decoder"](*rows_of(tree, rows)) for rows in _batches(n)])
 
     def sample(self, n: int, seed: int = 0, labels: Tensor | None = None) -> Tensor:
-        """n images of the prior; the same seed gives the same images."""
+        """n images of the prior; the same seed gives the same images. A conditional model shows its classes in turn unless
+        `labels` are given."""
+        if labels is None and self.spec.conditional and self.spec.classes:
+            labels = torch.arange(n) % self.spec.classes
+        if labels is not None:
+            labels = labels.to(self.device)
         with self._quiet() as nets:
             prior = nets["prior"](nets["encoder"])
             noise = self._sources().prior(n, Streams(seed, 0, self.device)("prior"))
@@ -74,15 +88,25 @@ class Model:
         """D of the posterior means of x."""
         return self.decode(latents.means(self.encode(x, labels)), labels)
 
-    def interpolate(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    def interpolate(self, x: Tensor, y: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
         """Images [steps, N, …] on straight lines between the posterior means of x and y, ends included."""
-        a, b = latents.means(self.encode(x)), latents.means(self.encode(y))
+        a, b = latents.means(self.encode(x, labels)), latents.means(self.encode(y, labels))
         ways = torch.linspace(0, 1, steps, device=self.device)
-        return torch.stack([self.decode({group: torch.lerp(a[group], b[group], way) for group in a}) for way in ways])
+        lines = [{group: torch.lerp(a[group], b[group], way) for group in a} for way in ways]
+        return torch.stack([self.decode(codes, labels) for codes in lines])
 
     def combine(self, images: Mapping[str, Tensor]) -> Tensor:
         """Images whose code of each group is the posterior mean of `images[group]`; all have the same N."""
         return self.decode({group: self.encode(images[group])[group].mu for group in self.groups})
 
+    def _check(self, labels: Tensor | None) -> None:
+        if self.spec.conditional and labels is None:
+            raise UserError("this model was trained with train.conditional: it takes a label for each image, and was given none")
+
     def _sources(self) -> Sources:
         return sources(self.groups, self.priors, self.decoder)
+
+
+def _batches(n: int) -> Iterator[slice]:
+    """Rows 0 … n − 1, `BATCH` at a time; one empty piece of none, so that shapes come out right."""
+    return slices(slice(0, n), BATCH) if n else iter([slice(0, 0)])

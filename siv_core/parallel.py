@@ -13,6 +13,8 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
+from siv_core.errors import UserError
+
 
 @frozen
 class Parallel:
@@ -26,7 +28,10 @@ class Parallel:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This process's rows of n."""
+        """This process's rows of n, at least one."""
+        if n < self.world:
+            reason = f"{n} images cannot be shared by {self.world} processes"
+            raise UserError(f"train.batch: {reason}; make the batch larger or start fewer (torchrun --nproc-per-node)")
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -50,11 +55,29 @@ class Parallel:
             dist.barrier(group=self.control)
 
 
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: of several on a machine with CUDA each takes the one with its number, before any is used."""
+    if _world() == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        raise UserError(
+            f"--device {device}: process {number} of this machine needs a CUDA device of its own, there are {there};"
+            " start fewer (torchrun --nproc-per-node)"
+        )
+    own = torch.device("cuda", number)
+    torch.cuda.set_device(own)
+    return own
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(device: torch.device) -> Parallel:
     """Join the processes `torchrun` started, if it did."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if _world() == 1:
         return Parallel()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Parallel(dist.get_rank(), world, dist.new_group(backend="gloo"))  # type: ignore[arg-type]
+    return Parallel(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))  # type: ignore[arg-type]

@@ -158,16 +158,21 @@ def sources(groups: Mapping[str, int], priors: Priors, decoder: nn.Module) -> So
     return Sources(prior, posterior, kl, decoder_noise)
 
 
-def rows_of(tree: Any, rows: slice) -> Any:
-    """The same tree of tensors with only these rows of each."""
+def tree_map(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same tree of dicts, tuples and named tuples with `function` of each tensor; what is no tensor stays."""
     if isinstance(tree, Tensor):
-        return tree[rows]
+        return function(tree)
     if isinstance(tree, dict):
-        return {key: rows_of(value, rows) for key, value in tree.items()}
+        return {key: tree_map(value, function) for key, value in tree.items()}
     if isinstance(tree, tuple):
-        items = [rows_of(value, rows) for value in tree]
+        items = [tree_map(value, function) for value in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     return tree
+
+
+def rows_of(tree: Any, rows: slice) -> Any:
+    """The same tree of tensors with only these rows of each."""
+    return tree_map(tree, lambda x: x[rows])
 
 
 def slices(rows: slice, micro_batch: int) -> Iterator[slice]:

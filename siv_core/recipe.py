@@ -48,7 +48,7 @@ class Optim:
 
 @frozen
 class ShadowOptions:
-    """`[shadow]`: exponential averages of players, for `--weights ema`."""
+    """`[shadow]`: exponential averages of players, which models use where they are kept."""
 
     of: tuple[str, ...] = option(
         ("encoder", "decoder", "prior"), doc="the players to average", choices=("encoder", "decoder", "prior")
@@ -203,9 +203,7 @@ def parse(
     """The recipe in a TOML tree; see `load`."""
     known = tree.get("profiles", {})
     named = known if isinstance(known, dict) else {}
-    wrong = [f"profiles.{name}" for name, table in named.items() if not isinstance(table, dict)]
-    if known is not named:
-        wrong = ["profiles"]
+    wrong = [f"profiles.{key}" for key, table in named.items() if not isinstance(table, dict)] if known is named else ["profiles"]
     if wrong:
         raise UserError(f"{path}: {key}: expected a table" for key in wrong)
     automatic = cpu_only and "cpu" in known and not {"none", "cpu"} & set(profiles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -108,12 +108,18 @@ class RunDir:
         return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
 
     def cut(self, offsets: dict[str, int]) -> None:
-        """Take back the JSONL lines written after a checkpoint, and whatever a killed process left half-written."""
+        """Take back the JSONL lines that the run wrote after a checkpoint, and whatever a killed process left half-written.
+
+        What `siv evaluate` wrote stays: it measured a checkpoint, which is as good as before.
+        """
         for name in JSONL:
             path = self.path / f"{name}.jsonl"
             if path.exists():
-                os.truncate(path, min(offsets.get(name, 0), path.stat().st_size))
-                if path.stat().st_size == 0:
+                whole = path.read_bytes()
+                kept = _without_later_lines(whole, min(offsets.get(name, 0), len(whole)))
+                if kept and kept != whole:
+                    files.write_bytes(path, kept)
+                elif not kept:
                     path.unlink()
         for folder in (self.path, self.images, self.checkpoints):
             files.remove_leftovers(folder)
@@ -133,6 +139,20 @@ def _own(name: str) -> bool:
     """Whether a killed process may have left this before the directory was a run."""
     early = ("images", "checkpoints", "lock", "log.txt", "recipe.toml", "manifest.json")
     return name in early or name.startswith(files.TEMPORARY)
+
+
+def _without_later_lines(whole: bytes, offset: int) -> bytes:
+    """The lines of a JSONL file up to `offset`, and those after it that are marked as written by `siv evaluate`."""
+    evaluated = b"".join(line for line in whole[offset:].splitlines(keepends=True) if _by_evaluate(line))
+    head = whole[: whole.find(b"\n") + 1] if not offset and evaluated else b""
+    return whole[:offset] + head + evaluated
+
+
+def _by_evaluate(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line).get("by") == "evaluate"
+    except ValueError:  # what a killed process left of a line
+        return False
 
 
 def unfinished(root: Path, resolved: dict[str, Any]) -> list[Path]:

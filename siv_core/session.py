@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
-from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +12,12 @@ from typing import Any, Protocol
 import torch
 from attrs import frozen
 
-from siv_core import build, catalogue, checkpoint, evaluate, files, parallel, pictures, recipe, rundir
+from siv_core import build, catalogue, checkpoint, evaluate, files, parallel, pictures, recipe, record, rundir
 from siv_core.build import Built
 from siv_core.errors import Diverged, Stopped, UserError
 from siv_core.model import Model
 from siv_core.rundir import RunDir
 from siv_core.trainer import Observer, Trainer
-
-LIBRARIES = ("siv", "torch", "torchvision", "numpy", "safetensors", "h5py", "pluggy", "attrs", "cattrs")
 
 
 class Watcher(Observer, Protocol):
@@ -58,7 +51,7 @@ class Run:
     path: Path
     state: str
 
-    def model(self, checkpoint: str = "last", weights: str = "raw", device: str = "auto") -> Model:
+    def model(self, checkpoint: str = "last", weights: str = "auto", device: str = "auto") -> Model:
         return load(self.path, checkpoint, weights, device)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -113,7 +106,10 @@ def run(path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -
     request = Request(**overrides)
     known = catalogue.load()
     read = recipe.load(Path(path), known, request.profiles, request.sets, cpu_only=not nvidia_present())
-    return start(read, known, request, watcher or Silent())
+    watcher = watcher or Silent()
+    if read.automatic_profile:
+        watcher.say("no NVIDIA device here: profile 'cpu' applies (turn it off with --profile none)")
+    return start(read, known, request, watcher)
 
 
 def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
@@ -134,9 +130,7 @@ def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides:
 
 def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
     """Data, networks, run directory, training, pictures and metrics, in this order."""
-    device = pick_device(request.device)
-    if read.automatic_profile:
-        watcher.say("no NVIDIA device here: profile 'cpu' applies (turn it off with --profile none)")
+    device = parallel.local_device(pick_device(request.device))
     data = build.dataset(read, known)
     if data.missing():
         raise UserError(f"data '{read.data.name}' is not at hand: {data.missing()}")
@@ -164,7 +158,13 @@ def _train_and_measure(
     prepare = getattr(built.reconstruction, "prepare", None)
     if prepare:
         prepare()
-    newest = _newest(found, watcher)
+    newest = record.newest(found, watcher.say)
+    if newest:
+        record.check_same(found, built, newest)
+    if newest and record.complete(found, built, newest):
+        watcher.say(f"{found.path} is finished; a longer length goes on with it (--set train.length, or the last stage's)")
+        return Run(found.path, "finished")
+    processes.wait()  # each has read by now what the main one is about to write anew
     if read.init and not newest:
         _start_from(built, read.init)
     trainer = Trainer.of(built, found, device, processes, watcher)
@@ -173,7 +173,7 @@ def _train_and_measure(
         watcher.say(f"going on from {newest}")
     if processes.main:
         offsets = files.read_json(newest / "state.json")["offsets"] if newest else {}
-        _write_head(found, read, trainer, request, watcher, offsets)
+        record.write_head(found, trainer, watcher.say, offsets)
     model = built.model(device)
 
     def preview(name: str) -> None:
@@ -205,18 +205,20 @@ def finish(built: Built, found: RunDir, device: torch.device, watcher: Watcher) 
     path = checkpoint.path_of(found.checkpoints, "last")
     pictures.curves(found.images / "curves.png", found.read("stats"))
     watcher.wrote(found.images / "curves.png")
-    weights = "ema" if built.recipe.shadow else "raw"
-    model = model_of(built, path, weights, device)
+    model = model_of(built, path, "auto", device)
     for picture in evaluate.final_pictures(model, built.dataset, found.images, built.recipe.train.seed):
         watcher.wrote(picture)
-    append_metrics(built, model, found, path, weights, watcher)
+    append_metrics(built, model, found, path, "auto", watcher, by="run")
 
 
-def append_metrics(built: Built, model: Model, found: RunDir, path: Path, weights: str, watcher: Watcher) -> list[dict[str, Any]]:
-    """Measure, write a line for each value, and give the lines."""
+def append_metrics(
+    built: Built, model: Model, found: RunDir, path: Path, weights: str, watcher: Watcher, *, by: str = "evaluate"
+) -> list[dict[str, Any]]:
+    """Measure, write a line for each value, and give the lines; those written `by` "evaluate" outlast a resume."""
     about = {
+        "by": by,
         "checkpoint": path.name,
-        "weights": weights,
+        "weights": used_weights(path, weights),
         "data": {"name": built.recipe.data.name, "fingerprint": built.dataset.fingerprint()},
         "siv": version("siv"),
     }
@@ -229,8 +231,11 @@ def append_metrics(built: Built, model: Model, found: RunDir, path: Path, weight
 # -- load ------------------------------------------------------------------------------------------------------------------------
 
 
-def load(run_path: str | Path, checkpoint: str = "last", weights: str = "raw", device: str = "auto") -> Model:
-    """The model of a run: its networks from its own recipe, their weights from a checkpoint. Needs no data."""
+def load(run_path: str | Path, checkpoint: str = "last", weights: str = "auto", device: str = "auto") -> Model:
+    """The model of a run: its networks from its own recipe, their weights from a checkpoint. Needs no data.
+
+    `weights`: raw, ema, or auto, which is ema where the checkpoint has averages; `Model.name` says which it came to.
+    """
     return open_run(run_path, checkpoint, weights, device)[1]
 
 
@@ -240,25 +245,36 @@ def open_run(run_path: str | Path, step: str, weights: str, device: str) -> tupl
     manifest = found.manifest()
     known = catalogue.load()
     read = recipe.load(found.path / "recipe.toml", known, ("none", *manifest["profiles"]), manifest["sets"])
-    built = build.build(read, known, build.dataset(read, known))
+    data = build.dataset(read, known)
+    built = build.build(read, known, data, record.spec_of(manifest) if data.missing() else None)
     path = checkpoint.path_of(found.checkpoints, step)
     return built, model_of(built, path, weights, pick_device(device)), found, path
 
 
 def model_of(built: Built, path: Path, weights: str, device: torch.device) -> Model:
     """The networks of `built` with the weights of a checkpoint in them."""
-    _restore(built, path, weights)
-    return built.model(device, f"{path.name}, {weights} weights")
+    used = _restore(built, path, weights)
+    return built.model(device, f"{path.name}, {used} weights")
 
 
-def _restore(built: Built, path: Path, weights: str) -> None:
-    tensors, _ = checkpoint.load(path)
-    shadows = [stem for stem in tensors if stem.endswith("@ema")]
-    if weights == "ema" and not shadows:
+def used_weights(path: Path, weights: str) -> str:
+    """Raw or ema: "auto" is the average where the checkpoint has one."""
+    if weights not in ("raw", "ema", "auto"):
+        raise UserError(f"weights '{weights}': expected raw, ema or auto")
+    averaged = any(path.glob("*@ema.safetensors"))
+    if weights == "ema" and not averaged:
         raise UserError(f"{path}: has no averaged weights; a recipe keeps them with a [shadow] table")
+    return "ema" if averaged and weights != "raw" else "raw"
+
+
+def _restore(built: Built, path: Path, weights: str) -> str:
+    """Give the networks a checkpoint's weights; which ones these are."""
+    tensors, _ = checkpoint.load(path)
+    used = used_weights(path, weights)
     for name, module in built.modules.items():
-        averaged = f"{name}@ema" if weights == "ema" and f"{name}@ema" in tensors else name
+        averaged = f"{name}@ema" if used == "ema" and f"{name}@ema" in tensors else name
         checkpoint.restore_module(module, tensors[averaged], f"{path}/{averaged}")
+    return used
 
 
 def _start_from(built: Built, init: recipe.Init) -> None:
@@ -299,75 +315,6 @@ def _run_dir(read: recipe.Recipe, request: Request, processes: parallel.Parallel
     if processes.world > 1:
         raise UserError("several processes need a directory they all know: give --run-dir")
     return RunDir.create(request.root, read.name)
-
-
-def _newest(found: RunDir, watcher: Watcher) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is told."""
-    for step in reversed(checkpoint.steps(found.checkpoints)):
-        path = checkpoint.path_of(found.checkpoints, str(step))
-        wrong = checkpoint.problems(path)
-        if not wrong:
-            return path
-        for line in wrong:
-            watcher.say(f"{line}; trying the checkpoint before it")
-    return None
-
-
-def _write_head(
-    found: RunDir, read: recipe.Recipe, trainer: Trainer, request: Request, watcher: Watcher, offsets: Mapping[str, int]
-) -> None:
-    """What a run writes before its first step, or before it goes on."""
-    found.cut(dict(offsets))
-    if (found.path / "manifest.json").exists():
-        before = found.manifest().get("threads")
-        if before != torch.get_num_threads():
-            watcher.say(f"{before} threads before, {torch.get_num_threads()} now: the last bits may differ")
-    files.write_bytes(found.path / "recipe.toml", read.source)
-    found.write("manifest", manifest(read, trainer, request))
-    files.write_json(found.path / "resolved.json", read.resolved())
-    found.status("running", step=trainer.counters.step)
-    found.log(f"start: {shlex.join(sys.argv)}")
-    watcher.say(f"run directory {found.path}")
-
-
-def manifest(read: recipe.Recipe, trainer: Trainer, request: Request) -> dict[str, Any]:
-    """Where and with what a run was made."""
-    used = {(choice.kind, choice.name) for choice in (read.data, read.reconstruction, *read.network, *read.metrics.values())}
-    used |= {("prior", choice.name) for choice in read.prior.values()}
-    used |= {("objective", plan.objective.name) for plan in read.stages}
-    device, data = trainer.device, trainer.built.dataset
-    about: dict[str, Any] = getattr(data, "about", dict)()
-    return {
-        "recipe": read.name,
-        "profiles": list(read.profiles),
-        "automatic_profile": read.automatic_profile,
-        "sets": list(read.sets),
-        "command": sys.argv,
-        "seed": read.train.seed,
-        "threads": torch.get_num_threads(),
-        "processes": trainer.parallel.world,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({platform.processor() or platform.machine()})",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
-        "git": _git(),
-        "data": {"name": read.data.name, "fingerprint": data.fingerprint(), "residency": trainer.feed.residency, **about},
-        "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
-        "parameters": {name: build.size_of(player.module) for name, player in trainer.players.items()},
-    }
-
-
-def _git() -> str | None:
-    """The commit of siv's own checkout, if it runs from one."""
-    here = Path(__file__).resolve().parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _close(found: RunDir, processes: parallel.Parallel, state: str, counters: Any, watcher: Watcher, line: str) -> None:

@@ -15,13 +15,13 @@ from siv_core.protocols import Terms
 
 @define
 class Stats:
-    """Sums since the last flush, one vector a phase: its terms in order, then `loss` and `gradient_norm`."""
+    """Sums over samples since the last flush, one vector a phase: its terms in order, then `loss` and `gradient_norm`."""
 
     parallel: Parallel
     names: dict[str, list[str]] = field(factory=dict)  # phase -> names of the vector's entries
     sums: dict[str, Tensor] = field(factory=dict)  # float64 [len(names)]
     bad_step: dict[str, Tensor] = field(factory=dict)  # int64 [len(names)]: first step with a non-finite value, or -1
-    steps: dict[str, int] = field(factory=dict)  # steps since the last flush
+    samples: dict[str, int] = field(factory=dict)  # how many since the last flush
 
     @torch.no_grad()
     def add(self, phase: str, step: int, n: int, terms: list[Terms], loss: Tensor, gradient_norm: Tensor) -> None:
@@ -33,11 +33,11 @@ class Stats:
             self.names[phase] = [*terms[0], "loss", "gradient_norm"]
             self.sums[phase] = torch.zeros_like(vector)
             self.bad_step[phase] = torch.full_like(vector, -1, dtype=torch.int64)
-            self.steps[phase] = 0
-        self.sums[phase] += vector
+            self.samples[phase] = 0
+        self.sums[phase] += vector * n
         bad, mark = self.bad_step[phase], torch.full_like(self.bad_step[phase], step)
         self.bad_step[phase] = torch.where(~torch.isfinite(vector) & (bad < 0), mark, bad)
-        self.steps[phase] += 1
+        self.samples[phase] += n
 
     def check(self) -> None:
         """Raise `Diverged`, naming the first bad step, phase and term. Reads from the device."""
@@ -56,7 +56,7 @@ class Stats:
 
     def flush(self) -> dict[str, dict[str, float]]:
         """{phase: {name: mean over the samples since the last flush}}; starts anew. Reads from the device once."""
-        phases = [phase for phase in self.sums if self.steps[phase]]
+        phases = [phase for phase in self.sums if self.samples[phase]]
         sums = [self.sums[phase].clone() for phase in phases]
         self.parallel.sum_(sums)
         values = torch.cat(sums).tolist() if sums else []
@@ -64,19 +64,19 @@ class Stats:
         for phase in phases:
             count = len(self.names[phase])
             own, values = values[:count], values[count:]
-            means = [value / self.steps[phase] for value in own]
+            means = [value / self.samples[phase] for value in own]
             result[phase] = dict(zip(self.names[phase], means, strict=True))
-        self.sums, self.bad_step, self.names, self.steps = {}, {}, {}, {}
+        self.sums, self.bad_step, self.names, self.samples = {}, {}, {}, {}
         return result
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON for a checkpoint between two ticks: the sums of all processes, which have to ask together."""
         sums = {phase: vector.clone() for phase, vector in self.sums.items()}
         self.parallel.sum_(list(sums.values()))
-        return sums, {"names": self.names, "steps": self.steps}
+        return sums, {"names": self.names, "samples": self.samples}
 
     def restore(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """What `state` gave; the main process goes on with all of it, the others from zero."""
-        self.names, self.steps = data["names"], data["steps"]
+        self.names, self.samples = data["names"], data["samples"]
         self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in tensors.items()}
         self.bad_step = {phase: torch.full_like(sums, -1, dtype=torch.int64) for phase, sums in tensors.items()}

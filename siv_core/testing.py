@@ -8,7 +8,6 @@ Each check raises `AssertionError` with a sentence about what the contract says 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -18,7 +17,7 @@ from torch import Tensor
 from siv_core import convert
 from siv_core.component import Component
 from siv_core.latents import Gaussian, means
-from siv_core.players import Priors, make_nets, sources
+from siv_core.players import Priors, make_nets, sources, tree_map
 from siv_core.protocols import Batch, Networks, Objective, Spec
 from siv_core.seeding import Streams, normal, stream_seed
 from siv_core.trainer import tensors_of
@@ -182,16 +181,11 @@ def check_rows(noise: Any, n: int) -> None:
         assert len(leaf) == n, f"noise of shape {list(leaf.shape)} does not have {n} rows"
 
 
-def leaves(tree: Any) -> Iterable[Tensor]:
+def leaves(tree: Any) -> list[Tensor]:
     """The tensors of a tree."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from leaves(value)
-    elif isinstance(tree, tuple):
-        for value in tree:
-            yield from leaves(value)
+    found: list[Tensor] = []
+    tree_map(tree, found.append)
+    return found
 
 
 class _ToyEncoder(torch.nn.Module):

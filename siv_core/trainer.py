@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,7 +117,7 @@ class Trainer:
             signum = self.parallel.largest(self.observer.asked_to_stop())
             late = max_seconds is not None and time.monotonic() - started >= max_seconds
             over = bool(signum or self.parallel.largest(int(late))) and counters.step < total
-            if self.due(recipe.train.tick, active) or counters.step == total:
+            if self.due(recipe.train.tick, active) or counters.step in ends:  # a mean over two stages would mix their terms
                 self.tick(started)
             if self.due(recipe.train.checkpoint, active) or counters.step == total or over:
                 self.save()
@@ -174,11 +175,8 @@ class Trainer:
 
     def stage_ends(self) -> list[int]:
         """The step at which each stage is over."""
-        ends, last = [], 0
-        for plan in self.built.recipe.stages:
-            last += plan.length.steps(plan.batch, len(self.feed.rows))
-            ends.append(last)
-        return ends
+        lengths = [(plan.length, plan.batch) for plan in self.built.recipe.stages]
+        return stage_ends(lengths, len(self.feed.rows))
 
     def enter(self, number: int, first: int, steps: int) -> ActiveStage:
         """Set everything that a stage may change; the optimisers are reset only at its very first step."""
@@ -308,6 +306,11 @@ class ActiveStage:
             self.fade.fill_((step - self.first + 1) / self.fade_steps)
         elif was:
             self.fade.fill_(1.0)
+
+
+def stage_ends(lengths: Iterable[tuple[Length, int]], epoch_images: int) -> list[int]:
+    """The step at which each stage is over, from their (length, batch)."""
+    return list(accumulate(length.steps(batch, epoch_images) for length, batch in lengths))
 
 
 def autocast_of(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:

@@ -210,6 +210,27 @@ def test_weights_and_moments_come_back(tmp_path):
     }
 
 
+def test_weights_and_moments_come_back_in_the_layout_of_the_network(tmp_path):
+    """Fused Adam walks parameter, gradient and moments side by side in memory."""
+
+    def player():
+        return Player.of("net", nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last))
+
+    first, second = player(), player()
+    first.step([torch.randn_like(parameter) for parameter in first.parameters])
+    moments = checkpoint.optimiser_tensors(first.module, first.optimiser)
+    path = checkpoint.save(tmp_path, 1, {"m": first.module.state_dict(), "o": moments}, {})
+    loaded, _ = checkpoint.load(path)
+    checkpoint.restore_module(second.module, loaded["m"], "here")
+    checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"])
+    expected = {**first.module.state_dict(), **moments}
+    found = {**second.module.state_dict(), **checkpoint.optimiser_tensors(second.module, second.optimiser)}
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+        assert found[key].stride() == value.stride(), key
+    assert found["weight/exp_avg"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_player_without_parameters_has_no_moments():
     fixed = Player.of("prior", nn.Identity())
     assert checkpoint.optimiser_tensors(fixed.module, fixed.optimiser) == {}

@@ -305,8 +305,11 @@ def test_reconstruct_own_pictures(trained, siv_in, tmp_path):
     arrays = load_file(tmp_path / "out" / "reconstructions.safetensors")
     assert arrays["x"].shape == arrays["y"].shape == (len(sizes) + 1, 1, 8, 8)
     assert torch.equal(arrays["x"][-1], torch.full((1, 8, 8), 128 * (1 / 255)))
+    done_to = ["RGB converted to L", "put on white", "", "put on white", "P converted to L", "1 converted to L"]
+    done_to += ["CMYK converted to L", "16 bits reduced to 8"]
     assert report["notes"] == [
-        f"{mine / name}: {width} × {height}, centre square resized to 8 × 8" for name, (width, height) in sorted(sizes.items())
+        f"{mine / name}: {change}{', ' if change else ''}{width} × {height}, centre resized to 8 × 8"
+        for change, (name, (width, height)) in zip(done_to, sorted(sizes.items()), strict=True)
     ]
     model = siv_core.load(trained.run, device="cpu")
     assert torch.allclose(arrays["y"], model.reconstruct(arrays["x"]), atol=1e-6)
@@ -371,3 +374,13 @@ def test_data(siv, tmp_path, monkeypatch):
     assert (datafile.read(made).images == images).all()
     refused(siv("data", "check", tmp_path / "own.h5"), "no complete data file of format 1")
     refused(siv("data", "prepare", "digtis"), "no dataset is called 'digtis'; did you mean 'digits'?")
+
+
+def test_averaged_weights_are_used_where_the_run_kept_them(siv, tmp_path):
+    (tmp_path / "tiny.toml").write_text(f'{TINY}\n[shadow]\nhalf_life = "100 images"\n')
+    succeeded(siv("run", "tiny.toml", "--run-dir", "run", "--device", "cpu"))
+    models = {}
+    for weights in ("auto", "raw", "ema"):
+        more = () if weights == "auto" else ("--weights", weights)
+        models[weights] = json.loads(succeeded(siv("sample", "run", "-n", "1", "--json", *more)))["model"]
+    assert models == {name: f"step_00000012, {used} weights" for name, used in (("auto", "ema"), ("raw", "raw"), ("ema", "ema"))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,70 @@ def test_what_cannot_be_gone_on_with_starts_over(tmp_path, how):
     write(path, again, source="another" if how == "another source" else "made up")
     assert again.asked == [0, 1, 2, 3]
     assert (datafile.read(path).images == IMAGES).all()
+
+
+TWO = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from siv_core import datafile
+
+def produce(numbers):
+    for number in numbers:
+        print("made", number, flush=True)
+        time.sleep(0.2)
+        yield number, np.full((3, 1, 2, 2), number, np.uint8)
+
+def progress(what, done, total):
+    print(what, flush=True)
+
+print("up", flush=True)
+sys.stdin.readline()
+datafile.write(Path(sys.argv[1]), shape=(12, 1, 2, 2), block=3, produce=produce, progress=progress, source="two")
+"""
+
+
+def start_two(path: Path) -> list[subprocess.Popen[str]]:
+    """Two processes that are about to prepare the same file."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    two = [subprocess.Popen([sys.executable, "-c", TWO, str(path)], **pipes) for _ in range(2)]
+    for process in two:
+        assert process.stdout.readline() == "up\n"
+    return two
+
+
+def test_of_two_processes_one_makes_the_file_and_the_other_waits(tmp_path):
+    path = tmp_path / "own.h5"
+    two = start_two(path)
+    for process in two:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=60)[0].splitlines() for process in two]
+    assert [process.returncode for process in two] == [0, 0]
+    assert sorted(line for lines in told for line in lines if line.startswith("made")) == [f"made {i}" for i in range(4)]
+    waited = [lines for lines in told if "waiting for another process that prepares own.h5" in lines]
+    assert len(waited) == 1
+    assert "preparing own.h5" not in waited[0]
+    assert datafile.read(path).images[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["own.h5"]
+
+
+def test_when_the_first_process_is_killed_the_second_goes_on(tmp_path):
+    path = tmp_path / "own.h5"
+    first, second = start_two(path)
+    first.stdin.write("go\n")
+    first.stdin.flush()
+    while "made 0" not in first.stdout.readline():
+        pass
+    second.stdin.write("go\n")
+    second.stdin.flush()
+    assert second.stdout.readline() == "waiting for another process that prepares own.h5\n"
+    first.kill()
+    first.communicate()
+    out, _ = second.communicate(timeout=60)
+    assert "made 3" in out
+    assert (datafile.read(path).images[-1] == 3).all()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["own.h5"]
 
 
 def test_a_block_that_is_not_produced_is_a_bug(tmp_path):
@@ -246,7 +312,3 @@ def test_whole_groups_are_held_out(tmp_path):
     for wrong in (0, 5):
         with pytest.raises(UserError, match="of 5 groups cannot be held out"):
             datafile.rows_by_group(table, table.labels, wrong, 0, "train")
-
-
-def test_slug():
-    assert datafile.slug("Ein Test: 3×4!") == "Ein_Test_3_4"

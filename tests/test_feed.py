@@ -114,3 +114,18 @@ def test_the_memory_layout_is_the_one_asked_for():
     assert plain.x.is_contiguous()
     assert last.x.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain.x, last.x)
+
+
+@pytest.mark.parametrize(
+    ("known", "free"),
+    [
+        ({"SC_AVPHYS_PAGES": 3, "SC_PHYS_PAGES": 10}, 3 * 4096),
+        ({"SC_PHYS_PAGES": 10}, 5 * 4096),
+        ({}, 4 << 30),
+    ],
+)
+def test_a_machine_that_does_not_say_what_is_free(monkeypatch, known, free):
+    sizes = {**known, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(feed.os, "sysconf_names", sizes)
+    monkeypatch.setattr(feed.os, "sysconf", sizes.__getitem__)
+    assert feed._free_bytes(CPU) == free

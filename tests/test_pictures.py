@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from siv_core import evaluate, pictures
+from siv_core import evaluate, feed, pictures
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
 from siv_core.model import Model
 from siv_core.players import Priors
-from siv_core.protocols import Spec
+from siv_core.protocols import Measurement, Spec
 
 GAP = 2
 
@@ -178,3 +178,31 @@ def test_translation_takes_class_by_row_and_content_by_column():
             assert torch.equal(cells[i, j, 0, 1], contents[j, 0, 1, :1].expand(2))
     combined = model.combine({"class": classes, "content": contents[:2]})
     assert torch.equal(combined[1], cells[1, 1])
+
+
+def test_own_pictures_shrink_as_the_data_does():
+    big = np.random.default_rng(0).integers(0, 256, (1, 3, 24, 24), dtype=np.uint8)
+    fitted, changes = evaluate.fit(Image.fromarray(big[0].transpose(1, 2, 0)), 3, 8, 8)
+    expected = feed.to_float(torch.from_numpy(big), Spec((3, 8, 8)))[0] * 255
+    assert abs(fitted - expected.numpy()).max() < 1  # Pillow rounds after each axis
+    assert changes == ["24 × 24, centre resized to 8 × 8"]
+
+
+class Metric:
+    def __init__(self, problem=""):
+        self.problem = problem
+
+    def measure(self, model, data, progress):
+        if self.problem:
+            raise UserError([self.problem, "and more"])
+        return Measurement({"one": 1.0, "two": "no reason"}, {"how": "so"})
+
+
+def test_a_metric_that_cannot_be_taken_stops_no_other():
+    metrics = {"bad": Metric("no factors"), "good": Metric()}
+    lines = evaluate.measure(metrics, None, None, {"by": "run"}, lambda what, done, total: None)
+    assert lines == [
+        {"metric": "bad", "name": "all", "skipped": "no factors; and more", "protocol": {}, "by": "run"},
+        {"metric": "good", "name": "one", "value": 1.0, "protocol": {"how": "so"}, "by": "run"},
+        {"metric": "good", "name": "two", "skipped": "no reason", "protocol": {"how": "so"}, "by": "run"},
+    ]

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import crash
+import numpy as np
 import pytest
 
-from siv_core import checkpoint
+from siv_core import checkpoint, datafile
 from siv_core.errors import UserError
 
 RECIPE = """
@@ -63,7 +64,8 @@ def contents(run: Path) -> dict[str, object]:
         state = json.loads(path.read_text())
         found[path.parent.name] = {name: entry["sha256"] for name, entry in state["files"].items()}
     for name in ("stats", "metrics"):
-        lines = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+        path = run / f"{name}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         found[name] = [{key: value for key, value in line.items() if key != "wall"} for line in lines]
     found["images"] = {path.name: path.read_bytes() for path in sorted(run.glob("images/*.png"))}
     found["status"] = json.loads((run / "status.json").read_text())["state"]
@@ -78,7 +80,8 @@ def undisturbed(tmp_path_factory):
     code, moments = crash.in_child(crash.train, str(folder / "crash.toml"), str(folder / "run"))
     assert code == 0
     found = contents(folder / "run")
-    assert len(found["stats"]) == 1 + 5  # the format's line, 14 steps in threes
+    ticks = [line["step"] for line in found["stats"][1:]]  # the first line is the format's
+    assert ticks == [3, 5, 6, 9, 12, 14]  # every third step, and the last of each stage
     assert found["status"] == "finished"
     return found, moments
 
@@ -133,6 +136,52 @@ def test_a_longer_length_continues_a_finished_run(tmp_path):
     assert ours["step_00000012"] == theirs["step_00000012"]
     # the shorter run's last tick came early, so only the metrics and weights are the same
     assert ours["metrics"] == theirs["metrics"]
+
+
+CHANNELS_LAST = """
+format = 1
+[data]
+name = "hdf5"
+path = "PATH"
+[network]
+name = "adain"
+dims = { class = 3, content = 3 }
+encoder_channels = [4, 6]
+stem_kernel = 3
+encoder_hidden = [8]
+decoder_channels = [6, 4]
+output_channels = 3
+[objective]
+name = "soft_intro_vae"
+[shadow]
+half_life = "20 images"
+[train]
+batch = 8
+length = "6 steps"
+tick = "2 steps"
+checkpoint = "2 steps"
+channels_last = true
+"""
+
+
+def test_channels_last_weights_and_moments_resume_as_they_were(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
+    factors = {"model": 5, "view": 12}
+    datafile.write(
+        tmp_path / "own.h5",
+        shape=images.shape,
+        block=60,
+        produce=lambda numbers: ((number, images) for number in numbers),
+        progress=lambda what, done, total: None,
+        source="a test",
+        factors=np.stack(np.unravel_index(np.arange(60), (5, 12)), axis=1),
+        factor_sizes=factors,
+    )
+    recipe = tmp_path / "layout.toml"
+    recipe.write_text(CHANNELS_LAST.replace("PATH", str(tmp_path / "own.h5")))
+    code, moments = crash.in_child(crash.train, str(recipe), str(tmp_path / "whole"))
+    assert code == 0
+    assert kill_and_resume(recipe, tmp_path / "run", moments // 2) == contents(tmp_path / "whole")
 
 
 def test_another_recipe_is_refused(recipe, tmp_path, siv):

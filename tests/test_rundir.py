@@ -70,6 +70,24 @@ def test_lines_after_a_checkpoint_are_taken_back(tmp_path):
     assert len(run.read("stats")) == 1
 
 
+def test_lines_of_evaluate_stay(tmp_path):
+    run = RunDir.at(tmp_path / "run")
+    run.append("metrics", {"by": "run", "value": 1})
+    run.append("metrics", {"by": "evaluate", "value": 2})
+    run.append("metrics", {"by": "run", "value": 3})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"by": "evaluate", "val')  # killed here
+    for _ in range(2):
+        run.cut({"metrics": 0})
+        assert run.read("metrics") == [{"by": "evaluate", "value": 2}]
+        assert (run.path / "metrics.jsonl").read_text().splitlines()[0] == '{"format": 1}'
+    offsets = run.offsets()
+    run.append("metrics", {"by": "run", "value": 4})
+    run.append("metrics", {"by": "evaluate", "value": 5})
+    run.cut(offsets)
+    assert [line["value"] for line in run.read("metrics")] == [2, 5]
+
+
 LOCKER = """
 import sys
 from pathlib import Path

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siv_core.players import rows_of, slices
+from siv_core.latents import Gaussian
+from siv_core.players import rows_of, slices, tree_map
 from siv_core.seeding import DataOrder, Streams, mix32, normal, stream_seed
+from siv_core.testing import leaves
 
 
 def murmur3_32(data: bytes, seed: int) -> int:
@@ -126,3 +128,13 @@ def test_rows_of_a_tree():
     assert cut["a"].tolist() == [2, 3]
     assert cut["b"][0]["c"].tolist() == [20, 30]
     assert (cut["b"][1], cut["d"]) == (None, 3)
+
+
+def test_a_tree_keeps_its_tuples_and_their_names():
+    x = torch.zeros(2, 3)
+    tree = {"a": (Gaussian(x, x), [x], None), "b": Gaussian(x, (x, x))}
+    there = tree_map(tree, lambda tensor: tensor.to("meta"))
+    assert type(there["a"][0]) is Gaussian
+    assert there["b"].logvar[1].device.type == "meta"
+    assert there["a"][1] is tree["a"][1]
+    assert [leaf.device.type for leaf in leaves(there)] == ["meta"] * 5

@@ -15,12 +15,14 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siv_core.component import per_group
-from siv_core.errors import Diverged
+from siv_core.errors import Diverged, UserError
 from siv_core.objectives import SoftIntroVAEConfig, build_soft_intro_vae
+from siv_core.parallel import Parallel
 from siv_core.players import Priors, make_nets, sources
 from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
 from siv_core.session import Silent
+from siv_core.stats import Stats
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
 from siv_core.trainer import tensors_of
 
@@ -140,6 +142,46 @@ def test_two_stages_with_a_fade(catalogue, tmp_path):
     assert sorted(set(decoder.fades)) == [0.25, 0.5, 0.75, 1.0]
     assert decoder.fades == sorted(decoder.fades)
     assert t.players["encoder"].optimiser.param_groups[0]["lr"] == 1e-5
+
+
+def test_a_size_that_the_network_does_not_grow_to_is_refused(catalogue, tmp_path):
+    stages = [{"length": "2 steps", "data": {"size": 4}}, {"length": "2 steps"}]
+    with pytest.raises(UserError, match=r"data.size 4: network 'mlp' is made for \[1, 8, 8\] alone"):
+        toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
+    stages[0]["data"]["size"] = 8  # the data's own
+    toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
+
+
+def test_statistics_are_means_over_samples_and_end_with_their_stage(catalogue, tmp_path):
+    stats = Stats(Parallel())
+    for n, value in ((2, 1.0), (6, 5.0)):
+        stats.add("p", 0, n, [{"term": torch.full((n,), value)}], torch.tensor(value), torch.tensor(value))
+    assert stats.flush() == {"p": {"term": 4.0, "loss": 4.0, "gradient_norm": 4.0}}
+
+    stages = [{"length": "3 steps", "objective": {"name": "vae"}}, {"length": "3 steps", "train": {"batch": 32}}]
+    t = toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64, "tick": "2 steps"}))
+    assert t.run() == "finished"
+    lines = [(line["step"], line["images"], list(line["phases"])) for line in t.rundir.read("stats")]
+    assert lines == [
+        (2, 128, ["vae"]),
+        (3, 64, ["vae"]),
+        (4, 32, ["encoder", "decoder"]),
+        (6, 64, ["encoder", "decoder"]),
+    ]
+
+
+def test_a_model_sees_many_images_in_batches(catalogue, tmp_path, monkeypatch):
+    t = toys.trainer(catalogue, tmp_path, toys.tree(train={"batch": 64, "length": "1 steps", "conditional": True}))
+    one = t.built.model(torch.device("cpu"))
+    x, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
+    whole = [one.sample(10), one.reconstruct(x, labels)]
+    monkeypatch.setattr("siv_core.model.BATCH", 4)
+    sizes = []
+    one.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    for ours, theirs in zip([one.sample(10), one.reconstruct(x, labels)], whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert sizes == [4, 4, 2] * 2
+    assert one.encode(x[:0], labels[:0])["z"].mu.shape == (0, 3)
 
 
 def test_the_fade_blends_the_data_too(catalogue, tmp_path):

@@ -1,0 +1,154 @@
+"""The documents say what is there: recipes load, commands parse, files and options exist. Nothing here is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import attrs
+import click
+import pytest
+
+from siv_core import recipe
+from siv_core.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(text) if found == language]
+
+
+RECIPES = [
+    (name, body) for name, text in TEXTS.items() for body in blocks(text, "toml") if re.search(r"^format = 1$", body, re.M)
+]
+
+
+@pytest.mark.parametrize(("page", "body"), RECIPES, ids=[page for page, _ in RECIPES])
+def test_a_recipe_loads(tmp_path, catalogue, page, body):
+    path = tmp_path / "recipe.toml"
+    path.write_text(body)
+    recipe.load(path, catalogue)
+
+
+def test_there_is_a_recipe_to_load():
+    assert "recipes.md" in dict(RECIPES)
+
+
+# -- commands --------------------------------------------------------------------------------------------------------------------
+
+
+def command_lines(text: str) -> list[str]:
+    """Everything that is to be typed: in shell blocks, indented, between backticks, and as the first comment of a recipe."""
+    shell = "\n".join(blocks(text, "sh"))
+    indented = "\n".join(re.findall(r"^ {4,}(siv .*)$", text, re.M))
+    spans = re.findall(r"`(siv [^`\n]+)`", FENCE.sub("", text))
+    lines = [line for line in f"{shell}\n{indented}".splitlines() if line.startswith("siv ")]
+    return [one for line in [*lines, *spans] for one in re.split(r"\s{2,}(?=siv )", line)]
+
+
+def first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").partition("   ")[0]
+
+
+def is_synopsis(line: str) -> bool:
+    return "[" in line or "|" in line
+
+
+COMMANDS = [(name, line) for name, text in TEXTS.items() for line in command_lines(text)]
+COMMANDS += [(path.name, first_comment(path)) for path in sorted((ROOT / "recipes").glob("*.toml"))]
+TYPED = [(page, line) for page, line in COMMANDS if not is_synopsis(line)]
+SYNOPSES = [(page, line) for page, line in COMMANDS if is_synopsis(line)]
+
+
+def find(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that these words name, and the words after its name."""
+    command: click.Command = cli
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize(("page", "line"), TYPED)
+def test_a_command_parses(page, line):
+    command, words = find(shlex.split(line, comments=True)[1:])
+    if not words or words == ["--help"]:  # it is only named
+        return
+    try:
+        command.make_context(command.name, words)
+    except click.ClickException as error:
+        raise AssertionError(f"{page}: {line}: {error.format_message()}") from error
+
+
+@pytest.mark.parametrize(("page", "line"), SYNOPSES)
+def test_a_synopsis_names_options_that_exist(page, line):
+    """`siv data ls|fetch RUN [--option VALUE]`: alternatives share their options."""
+    names = [word.split("|") for word in re.match(r"siv((?: [a-z][a-z|-]*)+)", line)[1].split()]
+    paths = [[]]
+    for alternatives in names:
+        paths = [[*path, one] for path in paths for one in alternatives]
+    for path in paths:
+        command, rest = find(path)
+        assert rest == []
+        known = {flag for parameter in command.params for flag in parameter.opts}
+        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line)) <= known, f"{page}: siv {' '.join(path)}"
+
+
+def test_there_are_commands_to_parse():
+    for page in ("README.md", "architecture.md", "recipes.md", "run_directories.md", "writing_plugins.md", "measurements.md"):
+        assert page in dict(COMMANDS), page
+    assert len(SYNOPSES) > 5
+
+
+def test_the_directories_that_readme_uses_are_those_it_made():
+    lines = [line for line in command_lines(TEXTS["README.md"]) if not is_synopsis(line)]
+    made = {directory for line in lines for directory in re.findall(r"--run-dir (\S+)", line)}
+    used = {directory for line in lines for directory in re.findall(r"runs/\w+", line)}
+    assert used == made == {"runs/digits", "runs/cars"}
+
+
+def test_each_of_readmes_jobs_installs_by_itself():
+    readme = TEXTS["README.md"]
+    marked = readme[readme.index("<!-- test command -->") :].splitlines()
+    assert marked[1] == "```sh", "CI takes the block right after the marker"
+    whole = [body.splitlines() for body in blocks(readme, "sh") if "venv" in body]
+    assert [lines[-1].split()[:2] for lines in whole] == [["siv", "run"], ["siv", "run"], ["python", "-m"]]
+    for lines in whole:
+        assert "venv" in lines[0]
+        assert lines[1].startswith("pip install -e ")
+
+
+# -- files and options -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rooms_are_the_files():
+    rooms = TEXTS["architecture.md"].partition("## Rooms")[2].partition("\n## ")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", rooms, re.M) for name in re.findall(r"`(\w+\.py)`", row)]
+    there = {path.name for path in (ROOT / "siv_core").glob("*.py")} - {"__init__.py"}
+    assert sorted(named) == sorted(there)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    folder = next(path.parent for path in PAGES if path.name == page)
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", TEXTS[page])
+    assert [link for link in links if "://" not in link and not (folder / link).exists()] == []
+
+
+def test_the_options_of_train_are_all_named():
+    section = TEXTS["recipes.md"].partition("## Options of `[train]`")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == {option.name for option in attrs.fields(recipe.Train)}
+
+
+def test_the_options_of_stages_and_init_exist():
+    text = TEXTS["recipes.md"]
+    stages = text.partition("## Stages")[2].partition("```")[0]
+    known = {option.name for option in attrs.fields(recipe.StageOptions)} | {*recipe.STAGED, "train.batch", "data.size", "name"}
+    assert set(re.findall(r"`([\w.]+)`", stages)) - {"train.length"} <= known
+    init = text.partition("## Starting from another run")[2]
+    assert set(re.findall(r"[`(](\w+)[`,)]", init)) <= {option.name for option in attrs.fields(recipe.Init)}

@@ -1,0 +1,216 @@
+"""What a run keeps about itself, and what a resume will not do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from siv_core import apply, session
+from siv_core.errors import UserError
+from siv_core.rundir import RunDir
+
+RECIPE = """
+format = 1
+[data]
+name = "digits"
+[network]
+name = "mlp"
+z_dim = 3
+hidden = [16]
+[objective]
+name = "vae"
+[shadow]
+half_life = "200 images"
+[train]
+batch = 48
+tick = "2 steps"
+checkpoint = "3 steps"
+[[stages]]
+length = "4 steps"
+[[stages]]
+length = "4 steps"
+train = { batch = 33 }
+[metrics.latent_probes]
+class_factor = "digit"
+"""
+
+
+class Listener(session.Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run; tests work on copies."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "r.toml").write_text(RECIPE)
+    session.run(folder / "r.toml", run_dir=folder / "run", device="cpu")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def lines(run: Path, name: str) -> list[dict]:
+    return RunDir(run).read(name)
+
+
+def evaluate(run: Path) -> None:
+    built, model, found, path = session.open_run(run, "last", "auto", "cpu")
+    session.append_metrics(built, model, found, path, "auto", session.Silent())
+
+
+def test_a_finished_run_says_so_and_is_left_alone(run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    listener = Listener()
+    done = session.resume(run, watcher=listener, device="cpu")
+    assert done.state == "finished"
+    assert any("is finished; a longer length goes on" in line for line in listener.lines)
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_what_evaluate_measured_outlasts_a_resume(run):
+    own = lines(run, "metrics")
+    assert {line["by"] for line in own} == {"run"}
+    assert {line["weights"] for line in own} == {"ema"}  # the recipe keeps averages
+    evaluate(run)
+    evaluated = lines(run, "metrics")[len(own) :]
+    assert {line["by"] for line in evaluated} == {"evaluate"}
+    session.resume(run, sets=('stages=[{length="4 steps"},{length="6 steps",train={batch=33}}]',), device="cpu")
+    after = lines(run, "metrics")
+    assert after[: len(evaluated)] == evaluated
+    assert {line["checkpoint"] for line in after[len(evaluated) :]} == {"step_00000010"}
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) == {"format": 1}
+
+
+def test_earlier_starts_are_remembered(run):
+    first = json.loads((run / "manifest.json").read_text())
+    session.resume(run, sets=("metrics.latent_probes.k=3",), device="cpu")
+    second = json.loads((run / "manifest.json").read_text())
+    assert first["history"] == []
+    [kept] = second["history"]
+    assert kept == {key: first[key] for key in ("time", "command", "libraries", "device", "threads", "processes")}
+    assert {line["protocol"]["k"] for line in lines(run, "metrics")} == {3}
+
+
+def stages(*lengths: str) -> tuple[str]:
+    return (f'stages=[{{length="{lengths[0]}"}},{{length="{lengths[1]}",train={{batch=33}}}}]',)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        (("5 steps", "4 steps"), r"stages\[0\].length: this stage was over at step 4: leave its length at '4 steps'"),
+        (("4 steps", "2 steps"), r"stages\[1\].length: the run is at step 8 already, and '2 steps' ends at 6"),
+    ],
+)
+def test_the_past_cannot_be_given_another_length(run, lengths, words):
+    with pytest.raises(UserError, match=words):
+        session.resume(run, sets=stages(*lengths), device="cpu")
+
+
+def test_a_fade_that_has_begun_keeps_its_length(tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE.replace("[[stages]]", "[[stages]]\nfade = 0.5"))
+    session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu")
+    longer = stages("4 steps", "40 steps")[0].replace("{length", "{fade=0.5,length")
+    with pytest.raises(UserError, match=r"stages\[1\].length: this stage has begun to fade in"):
+        session.resume(tmp_path / "run", sets=(longer,), device="cpu")
+
+
+def test_the_same_length_in_other_words_is_the_same(run):
+    assert session.resume(run, sets=stages("192 images", "4 steps"), device="cpu").state == "finished"
+
+
+def test_other_data_is_refused(run):
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["data"]["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="trained on other data: fingerprint 0000"):
+        session.resume(run, device="cpu")
+
+
+def test_without_a_whole_checkpoint_nothing_is_cut(run):
+    for path in (run / "checkpoints").glob("*/encoder.safetensors"):
+        path.write_bytes(b"junk")
+    before = (run / "stats.jsonl").read_bytes()
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole; move this folder away"):
+        session.resume(run, device="cpu")
+    assert (run / "stats.jsonl").read_bytes() == before
+
+
+def test_averages_are_used_where_there_are_some(run):
+    auto, ema, raw = (session.load(run, weights=weights, device="cpu") for weights in ("auto", "ema", "raw"))
+    assert [model.name for model in (auto, ema, raw)] == [f"step_00000008, {name} weights" for name in ("ema", "ema", "raw")]
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(auto.reconstruct(x), ema.reconstruct(x))
+    assert not torch.equal(auto.reconstruct(x), raw.reconstruct(x))
+    with pytest.raises(UserError, match="weights 'mean': expected raw, ema or auto"):
+        session.load(run, weights="mean", device="cpu")
+
+
+def test_raw_weights_where_there_are_no_averages(tiny, tmp_path):
+    session.run(tiny, run_dir=tmp_path / "run", device="cpu")
+    assert session.load(tmp_path / "run", device="cpu").name.endswith("raw weights")
+    with pytest.raises(UserError, match=r"no averaged weights; a recipe keeps them with a \[shadow\] table"):
+        session.load(tmp_path / "run", weights="ema", device="cpu")
+
+
+def test_a_model_is_loaded_without_its_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIV_DATA", str(tmp_path / "data"))
+    images = np.random.default_rng(0).integers(0, 256, (80, 1, 8, 8), dtype=np.uint8)
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["images"] = images
+    text = RECIPE.split("[metrics", maxsplit=1)[0].replace(
+        'name = "digits"', f'name = "hdf5"\npath = "{tmp_path}/own.h5"\nsize = 4'
+    )
+    (tmp_path / "r.toml").write_text(text)
+    session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu")
+    before = session.load(tmp_path / "run", device="cpu").sample(3)
+    (tmp_path / "own.h5").unlink()
+    model = session.load(tmp_path / "run", device="cpu")
+    assert model.spec.shape == (1, 4, 4)
+    assert torch.equal(model.sample(3), before)
+    built, *_ = session.open_run(tmp_path / "run", "last", "auto", "cpu")
+    with pytest.raises(UserError, match="not at hand: there is no file"):
+        session.need_data(built, session.Silent().progress)
+
+
+def test_the_automatic_profile_is_told_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "nvidia_present", lambda: False)
+    (tmp_path / "r.toml").write_text(RECIPE + "[profiles.cpu.train]\nseed = 3\n")
+    listener = Listener()
+    session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu", watcher=listener)
+    assert any("profile 'cpu' applies" in line for line in listener.lines)
+    listener = Listener()
+    session.resume(tmp_path / "run", device="cpu", watcher=listener)
+    assert not any("profile 'cpu' applies" in line for line in listener.lines)
+
+
+def test_a_conditional_run_shows_its_classes(tmp_path):
+    text = RECIPE.replace("[train]", '[train]\nconditional = true\npreview = "4 steps"')
+    (tmp_path / "r.toml").write_text(text)
+    done = session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu")
+    shown = {path.name for path in (tmp_path / "run/images").glob("*.png")}
+    assert {"preview_00000004.png", "preview_00000008.png", "samples.png", "reconstructions.png"} <= shown
+    model = done.model(device="cpu")
+    assert torch.equal(model.sample(12), model.sample(12, labels=torch.arange(12) % 10))
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(UserError, match="takes a label for each image"):
+        model.reconstruct(x)
+    data = session.open_run(tmp_path / "run", "last", "auto", "cpu")[0].dataset
+    written = apply.reconstruct(model, data, tmp_path / "outputs", (), 0)["files"]
+    assert [Path(path).name for path in written] == ["reconstructions.safetensors", "reconstructions.png"]
+    assert model.interpolate(x, x, 3, labels=torch.tensor([1, 2])).shape == (3, 2, 1, 8, 8)
