@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,7 +23,12 @@ def kl(q: Posterior, prior: Mapping[str, Distribution], noise: Noise) -> dict[st
 
 def weighted(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
     """Σ_g weight_g · value_g, [N]."""
-    return torch.stack([weights[group] * value for group, value in values.items()]).sum(dim=0)
+    return total({group: weights[group] * value for group, value in values.items()})
+
+
+def total(values: Mapping[str, Tensor]) -> Tensor:
+    """Σ_g value_g, [N]."""
+    return reduce(torch.add, values.values())
 
 
 def entropy(q: Gaussian) -> Tensor:

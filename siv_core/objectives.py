@@ -32,7 +32,7 @@ def realise(nets: Nets, *, frozen: bool) -> dict[str, Any]:
 
 def kl_terms(kind: str, kl: Mapping[str, Tensor]) -> Terms:
     """Named per-sample KLs: over all groups and, where there are several, of each."""
-    named = {f"kl_{kind}": torch.stack(list(kl.values())).sum(dim=0)}
+    named = {f"kl_{kind}": losses.total(kl)}
     if len(kl) > 1:
         named.update({f"kl_{kind}.{group}": value for group, value in kl.items()})
     return named

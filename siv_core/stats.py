@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class Stats:
     @torch.no_grad()
     def add(self, phase: str, step: int, n: int, terms: list[Terms], loss: Tensor, gradient_norm: Tensor) -> None:
         """One phase of one step: the terms of this process's micro-batches and its share of the loss of `n` samples."""
-        parts = [torch.stack([term.sum() for term in micro.values()]) for micro in terms]
-        means = torch.stack(parts).sum(dim=0) / n
+        sums = [torch.stack(list(micro.values())).sum(dim=1) for micro in terms]
+        means = reduce(torch.add, sums) / n
         vector = torch.cat([means, torch.stack([loss, gradient_norm / self.parallel.world])]).to(torch.float64)
         if self.names.get(phase) != [*terms[0], "loss", "gradient_norm"]:
             self.names[phase] = [*terms[0], "loss", "gradient_norm"]
@@ -35,8 +36,8 @@ class Stats:
             self.bad_step[phase] = torch.full_like(vector, -1, dtype=torch.int64)
             self.samples[phase] = 0
         self.sums[phase] += vector * n
-        bad, mark = self.bad_step[phase], torch.full_like(self.bad_step[phase], step)
-        self.bad_step[phase] = torch.where(~torch.isfinite(vector) & (bad < 0), mark, bad)
+        bad = self.bad_step[phase]
+        bad.masked_fill_((bad < 0) & ~torch.isfinite(vector), step)
         self.samples[phase] += n
 
     def check(self) -> None:

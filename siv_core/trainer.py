@@ -134,28 +134,26 @@ class Trainer:
         """One step: the same batch and noise for every phase, each phase moving its players alone."""
         plan, counters = active.plan, self.counters
         streams = Streams(self.built.recipe.train.seed, counters.step, self.device)
-        positions = self.order.take(counters.images_seen, plan.batch)[self.parallel.share(plan.batch)]
+        share = self.parallel.share(plan.batch)
+        positions = self.order.take(counters.images_seen, plan.batch)[share]
         batch = self.feed.take(positions, active.shape, self.memory_format)
         if active.fading:
             batch = batch._replace(x=blend(batch.x, active.fade))
-        noise = rows_of(active.objective.draw(plan.batch, streams, active.sources), self.parallel.share(plan.batch))
-        pieces = list(slices(slice(0, len(positions)), self.built.recipe.train.micro_batch))
-        carries: list[dict[str, Any]] = [{} for _ in pieces]
+        noise = active.objective.draw(plan.batch, streams, active.sources)
+        parts = micro_batches(batch, noise, share, plan.batch, self.built.recipe.train.micro_batch)
+        carries: list[dict[str, Any]] = [{} for _ in parts]
         for phase in active.objective.phases:
-            self.play(phase, active, batch, noise, pieces, carries)
+            self.play(phase, active, parts, carries)
 
-    def play(
-        self, phase: Phase, active: ActiveStage, batch: Batch, noise: Noise, pieces: list[slice], carries: list[dict[str, Any]]
-    ) -> None:
+    def play(self, phase: Phase, active: ActiveStage, parts: list[tuple[Batch, Noise]], carries: list[dict[str, Any]]) -> None:
         """One phase: gradients for the players it updates and for them only, summed over micro-batches and processes."""
         players = [self.players[name] for name in phase.updates]
         parameters = [parameter for player in players for parameter in player.parameters]
         total: list[Tensor | None] = [None] * len(parameters)
         terms, shares = [], []
-        for i, rows in enumerate(pieces):
-            part = Batch(*rows_of(tuple(batch), rows))
-            loss, own, carries[i] = phase.loss(active.nets, part, rows_of(noise, rows), active.coeffs, carries[i])
-            share = loss * (len(part.x) / active.plan.batch)
+        for i, (batch, noise) in enumerate(parts):
+            loss, own, carries[i] = phase.loss(active.nets, batch, noise, active.coeffs, carries[i])
+            share = loss * (len(batch.x) / active.plan.batch)
             gradients = torch.autograd.grad(share, parameters, allow_unused=True)
             total = [_add(before, new) for before, new in zip(total, gradients, strict=True)]
             terms.append({name: term.detach() for name, term in own.items()})
@@ -311,6 +309,15 @@ class ActiveStage:
 def stage_ends(lengths: Iterable[tuple[Length, int]], epoch_images: int) -> list[int]:
     """The step at which each stage is over, from their (length, batch)."""
     return list(accumulate(length.steps(batch, epoch_images) for length, batch in lengths))
+
+
+def micro_batches(batch: Batch, noise: Noise, share: slice, n: int, micro_batch: int) -> list[tuple[Batch, Noise]]:
+    """This process's batch (rows `share` of n) and the noise of all n samples, cut into pieces that belong together."""
+    pieces = list(slices(share, micro_batch))
+    if pieces == [slice(0, n)]:
+        return [(batch, noise)]
+    local = [slice(piece.start - share.start, piece.stop - share.start) for piece in pieces]
+    return [(rows_of(batch, mine), rows_of(noise, piece)) for mine, piece in zip(local, pieces, strict=True)]
 
 
 def autocast_of(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:

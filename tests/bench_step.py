@@ -33,10 +33,14 @@ def trainer(path: Path, profiles: list[str], sets: list[str]) -> Trainer:
     return Trainer.of(built, RunDir.at(Path(tempfile.mkdtemp())), torch.device("cpu"), Parallel(), Silent())
 
 
-def naive_step(networks, optimisers, x, noise, b, scale, r):
-    """Algorithm 2 in the order of the published code."""
-    E, D = networks.encoder, networks.decoder  # noqa: N806
+def naive_step(networks, optimisers, x, noise, b, scale, r, bound):
+    """Algorithm 2 in the order of the published code, with the bound on log-variances that ours has."""
+    D = networks.decoder  # noqa: N806
     optimiser_e, optimiser_d = optimisers
+
+    def E(x):  # noqa: N802
+        q = networks.encoder(x)
+        return {g: q[g]._replace(logvar=q[g].logvar.clamp(-bound, bound)) for g in q}
 
     def kl(q):
         return {g: kl_standard(q[g]) for g in q}
@@ -47,7 +51,7 @@ def naive_step(networks, optimisers, x, noise, b, scale, r):
     def draw(q):
         return {g: q[g].mu + torch.randn_like(q[g].mu) * torch.exp(0.5 * q[g].logvar) for g in q}
 
-    for p in E.parameters():
+    for p in networks.encoder.parameters():
         p.requires_grad_(True)
     for p in D.parameters():
         p.requires_grad_(False)
@@ -63,7 +67,7 @@ def naive_step(networks, optimisers, x, noise, b, scale, r):
     loss_e.backward()
     optimiser_e.step()
 
-    for p in E.parameters():
+    for p in networks.encoder.parameters():
         p.requires_grad_(False)
     for p in D.parameters():
         p.requires_grad_(True)
@@ -92,6 +96,7 @@ def main() -> None:
     theirs = trainer(arguments.recipe, arguments.profile, arguments.set)
     last = len(ours.built.recipe.stages) - 1
     active = ours.enter(last, 0, 1)
+    bound = theirs.built.recipe.train.logvar_bound
     numbers, shape = dict(active.objective.coeffs), active.shape
     networks, lr = theirs.built.networks, active.plan.optim[""].lr
     optimisers = [torch.optim.Adam(module.parameters(), lr=lr) for module in (networks.encoder, networks.decoder)]
@@ -103,7 +108,7 @@ def main() -> None:
         positions = theirs.order.take(i * active.plan.batch, active.plan.batch)
         x = theirs.feed.take(positions, shape, theirs.memory_format).x
         noise = {g: torch.randn(len(x), dim) for g, dim in networks.groups.items()}
-        naive_step(networks, optimisers, x, noise, numbers, numbers["scale"], theirs.built.reconstruction)
+        naive_step(networks, optimisers, x, noise, numbers, numbers["scale"], theirs.built.reconstruction, bound)
         ended = time.perf_counter()
         ours.counters.step += 1
         ours.counters.images_seen += active.plan.batch

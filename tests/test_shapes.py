@@ -35,7 +35,7 @@ def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
     carries = [{}]
     for phase in active.objective.phases:
         before = {name: toys.weights(t, name) for name in t.players}
-        t.play(phase, active, batch, noise, [slice(0, 64)], carries)
+        t.play(phase, active, [(batch, noise)], carries)
         for name in t.players:
             moved = not toys.same(before[name], toys.weights(t, name))
             assert moved == (name in phase.updates), (phase.name, name)
