@@ -46,14 +46,14 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pa
     return final
 
 
-def load(path: Path, only: tuple[str, ...] | None = None) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors (of the files `only`, else of all) on the CPU and the state; a damaged checkpoint is a `UserError`."""
+def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors on the CPU and the state; a damaged checkpoint is a `UserError`."""
     wrong = problems(path)
     if wrong:
         raise UserError(wrong)
     state = read_json(path / "state.json")
     stems = [Path(name).stem for name in state["files"]]
-    return {stem: load_file(path / f"{stem}.safetensors") for stem in stems if only is None or stem in only}, state
+    return {stem: load_file(path / f"{stem}.safetensors") for stem in stems}, state
 
 
 def problems(path: Path) -> list[str]:

@@ -85,7 +85,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not nvidia_present() and not torch.cuda.is_available()):
         return torch.device("cpu")
     try:
-        device = torch.device("cuda" if name == "auto" else name)
+        device = parallel.local_device(torch.device("cuda" if name == "auto" else name))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable ({error}); `--device cpu` does without it") from error
@@ -130,11 +130,13 @@ def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides:
 
 def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
     """Data, networks, run directory, training, pictures and metrics, in this order."""
-    device = parallel.local_device(pick_device(request.device))
+    device = pick_device(request.device)
     data = build.dataset(read, known)
     if data.missing():
         raise UserError(f"data '{read.data.name}' is not at hand: {data.missing()}")
     processes = parallel.start(device)
+    for plan in read.stages:
+        processes.share(plan.batch)  # a batch smaller than the number of processes is told before anything is made
     if processes.main:
         data.prepare(watcher.progress)
     processes.wait()

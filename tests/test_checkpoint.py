@@ -54,11 +54,6 @@ def test_what_is_saved_is_loaded(saved):
     assert (state["format"], state["step"]) == (1, 10)
 
 
-def test_only_some_files(saved):
-    loaded, _ = checkpoint.load(saved, only=("prior", "decoder@ema"))
-    assert loaded.keys() == {"prior", "decoder@ema"}
-
-
 def test_a_checkpoint_is_plain_files(saved):
     assert sorted(path.name for path in saved.iterdir()) == [
         "decoder@ema.safetensors", "encoder.safetensors", "prior.safetensors", "state.json"
