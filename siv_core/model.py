@@ -67,7 +67,7 @@ class Model:
         n = len(next(iter(codes.values())))
         given = {group: code.to(self.device) for group, code in codes.items()}
         with self._quiet() as nets:
-            noise = self._sources().decoder(n, Streams(seed, 0, self.device)("decoder"))
+            noise = self._sources().decoder(n, Streams(seed, 0, self.device), "decoder")
             tree = (given, None if labels is None else labels.to(self.device), noise)
             return torch.cat([nets["decoder"](*rows_of(tree, rows)) for rows in _batches(n)])
 
@@ -80,7 +80,7 @@ class Model:
             labels = labels.to(self.device)
         with self._quiet() as nets:
             prior = nets["prior"](nets["encoder"])
-            noise = self._sources().prior(n, Streams(seed, 0, self.device)("prior"))
+            noise = self._sources().prior(n, Streams(seed, 0, self.device), "prior")
             codes = {group: p.sample(noise[group], labels) for group, p in prior.items()}
         return self.decode(codes, labels, seed)
 

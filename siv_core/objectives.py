@@ -69,9 +69,9 @@ def vae_loss(nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str,
 
 def draw_vae(n: int, streams: Streams, sources: Sources) -> Noise:
     return {
-        "posterior": sources.posterior(n, streams("posterior")),
-        "kl": {"real": sources.kl(n, streams("kl.real"))},
-        "decoder": {"real": sources.decoder(n, streams("decoder.real"))},
+        "posterior": sources.posterior(n, streams, "posterior"),
+        "kl": {"real": sources.kl(n, streams, "kl.real")},
+        "decoder": {"real": sources.decoder(n, streams, "decoder.real")},
     }
 
 
@@ -191,22 +191,22 @@ def draw_soft(n: int, streams: Streams, sources: Sources, *, share_noise: bool) 
     def re_encoding(phase: str, fake: str) -> Noise:
         name = f"{phase}.{fake}"
         return {
-            "codes": sources.posterior(n, streams(f"codes.{name}")),
-            "kl": sources.kl(n, streams(f"kl.{name}")),
-            "decoder": sources.decoder(n, streams(f"decoder.{name}")),
+            "codes": sources.posterior(n, streams, f"codes.{name}"),
+            "kl": sources.kl(n, streams, f"kl.{name}"),
+            "decoder": sources.decoder(n, streams, f"decoder.{name}"),
         }
 
     noise = {
-        "posterior": sources.posterior(n, streams("posterior")),
-        "prior": sources.prior(n, streams("prior")),
-        "kl": {"real": sources.kl(n, streams("kl.real"))},
-        "decoder": {name: sources.decoder(n, streams(f"decoder.{name}")) for name in ("real", "prior")},
+        "posterior": sources.posterior(n, streams, "posterior"),
+        "prior": sources.prior(n, streams, "prior"),
+        "kl": {"real": sources.kl(n, streams, "kl.real")},
+        "decoder": {name: sources.decoder(n, streams, f"decoder.{name}") for name in ("real", "prior")},
         "encoder_phase": {fake: re_encoding("encoder_phase", fake) for fake in FAKES},
         "decoder_phase": {fake: re_encoding("decoder_phase", fake) for fake in FAKES},
     }
     if not share_noise:
-        noise["posterior_again"] = sources.posterior(n, streams("posterior_again"))
-        noise["prior_again"] = sources.prior(n, streams("prior_again"))
+        noise["posterior_again"] = sources.posterior(n, streams, "posterior_again")
+        noise["prior_again"] = sources.prior(n, streams, "prior_again")
     return noise
 
 

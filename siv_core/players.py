@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from siv_core import latents
 from siv_core.latents import Codes, Gaussian, Posterior
 from siv_core.protocols import Nets, Shadow, Sources
-from siv_core.seeding import normal
+from siv_core.seeding import Streams, normal
 
 
 class Priors(nn.Module):
@@ -139,21 +139,25 @@ def _widen(x: Tensor) -> Tensor:
 
 def sources(groups: Mapping[str, int], priors: Priors, decoder: nn.Module) -> Sources:
     """Where the noise of a step comes from, by the players' own `draw`s where they have some."""
+    draws = {group: getattr(module, "draw", None) for group, module in priors.groups.items()}
+    kl_draws = {group: getattr(module, "draw_kl", None) for group, module in priors.groups.items()}
+    sampled = {group: draw for group, draw in kl_draws.items() if draw}
+    decoder_draw = getattr(decoder, "draw", None)
 
-    def prior(n: int, generator: torch.Generator) -> dict[str, Any]:
-        draws = {group: getattr(module, "draw", None) for group, module in priors.groups.items()}
+    def prior(n: int, streams: Streams, name: str) -> dict[str, Any]:
+        generator = streams(name)
         return {group: draw(n, generator) if draw else normal(n, groups[group], generator) for group, draw in draws.items()}
 
-    def posterior(n: int, generator: torch.Generator) -> Codes:
+    def posterior(n: int, streams: Streams, name: str) -> Codes:
+        generator = streams(name)
         return {group: normal(n, dim, generator) for group, dim in groups.items()}
 
-    def kl(n: int, generator: torch.Generator) -> dict[str, Any]:
-        draws = {group: getattr(module, "draw_kl", None) for group, module in priors.groups.items()}
-        return {group: draw(n, generator) for group, draw in draws.items() if draw}
+    def kl(n: int, streams: Streams, name: str) -> dict[str, Any]:
+        generator = streams(name) if sampled else None  # a generator nobody draws from is not made
+        return {group: draw(n, generator) for group, draw in sampled.items()}
 
-    def decoder_noise(n: int, generator: torch.Generator) -> Any:
-        draw = getattr(decoder, "draw", None)
-        return draw(n, generator) if draw else None
+    def decoder_noise(n: int, streams: Streams, name: str) -> Any:
+        return decoder_draw(n, streams(name)) if decoder_draw else None
 
     return Sources(prior, posterior, kl, decoder_noise)
 

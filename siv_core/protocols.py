@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from siv_core.latents import Codes, Gaussian, Posterior
@@ -148,12 +147,12 @@ class Prior(Protocol):
 
 
 class Sources(NamedTuple):
-    """Where a step's noise comes from: each draws a tree of tensors with n rows from a generator."""
+    """Where a step's noise comes from: each draws a tree of tensors with n rows from the stream of this name."""
 
-    prior: Callable[[int, torch.Generator], dict[str, Any]]
-    posterior: Callable[[int, torch.Generator], Codes]
-    kl: Callable[[int, torch.Generator], dict[str, Any]]
-    decoder: Callable[[int, torch.Generator], Any]
+    prior: Callable[[int, Streams, str], dict[str, Any]]
+    posterior: Callable[[int, Streams, str], Codes]
+    kl: Callable[[int, Streams, str], dict[str, Any]]
+    decoder: Callable[[int, Streams, str], Any]
 
 
 # (nets, batch, noise, coeffs, carry) -> (mean loss 0-dim, per-sample terms, detached carry for the next phase): a pure function
