@@ -12,22 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 
 from siv_core import catalogue as catalogues
 
 Done = subprocess.CompletedProcess[str]
 
-TINY = """\
-format = 1
-[data]
-name = "digits"
-[network]
-name = "mlp"
-z_dim = 3
-hidden = [16]
-[objective]
-name = "soft_intro_vae"
-beta_neg = 4.0
+TINY = (
+    toys.SOFT
+    + """
 [train]
 batch = 64
 length = "12 steps"
@@ -36,6 +29,7 @@ checkpoint = "4 steps"
 [metrics.latent_probes]
 class_factor = "digit"
 """
+)
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 

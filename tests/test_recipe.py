@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toys
 from attrs import fields, frozen
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,23 +24,16 @@ from siv_core.recipe import Recipe, Train, dataset_choice, differences, load, me
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
 
-BASE = """
-format = 1
-[data]
-name = "digits"
-[network]
-name = "mlp"
-z_dim = 3
-hidden = [16]
-[objective]
-name = "soft_intro_vae"
-beta_neg = 4.0
+BASE = (
+    toys.SOFT
+    + """
 [optim]
 lr = 1e-3
 [train]
 batch = 64
 length = "12 steps"
 """
+)
 
 
 @pytest.fixture

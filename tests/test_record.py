@@ -10,19 +10,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import toys
 
 from siv_core import apply, session
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 
-RECIPE = """
-format = 1
-[data]
-name = "digits"
-[network]
-name = "mlp"
-z_dim = 3
-hidden = [16]
+RECIPE = (
+    toys.SMALL
+    + """
 [objective]
 name = "vae"
 [shadow]
@@ -39,6 +35,7 @@ train = { batch = 33 }
 [metrics.latent_probes]
 class_factor = "digit"
 """
+)
 
 
 class Listener(session.Silent):

@@ -14,21 +14,14 @@ from pathlib import Path
 import crash
 import numpy as np
 import pytest
+import toys
 
 from siv_core import checkpoint, datafile
 from siv_core.errors import UserError
 
-RECIPE = """
-format = 1
-[data]
-name = "digits"
-[network]
-name = "mlp"
-z_dim = 3
-hidden = [16]
-[objective]
-name = "soft_intro_vae"
-beta_neg = 4.0
+RECIPE = (
+    toys.SOFT
+    + """
 [shadow]
 half_life = "200 images"
 [train]
@@ -47,6 +40,7 @@ reset_optimisers = true
 [metrics.latent_probes]
 class_factor = "digit"
 """
+)
 crash.preload()
 
 

@@ -304,17 +304,9 @@ def test_noise_does_not_depend_on_the_cut_of_the_batch(catalogue, tmp_path):
     assert not any(torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
 
 
-RECIPE = """
-format = 1
-[data]
-name = "digits"
-[network]
-name = "mlp"
-z_dim = 3
-hidden = [16]
-[objective]
-name = "soft_intro_vae"
-beta_neg = 4.0
+RECIPE = (
+    toys.SOFT
+    + """
 [train]
 batch = 64
 length = "12 steps"
@@ -323,6 +315,7 @@ preview = "1000 steps"
 checkpoint = "1 steps"
 keep_every = 1
 """
+)
 
 
 def first_moments(run, step=1):

@@ -23,6 +23,23 @@ from siv_core.rundir import RunDir
 from siv_core.session import Silent
 from siv_core.trainer import Trainer
 
+SMALL = """
+format = 1
+[data]
+name = "digits"
+[network]
+name = "mlp"
+z_dim = 3
+hidden = [16]
+"""  # the head of a recipe text; an objective and [train] follow
+SOFT = (
+    SMALL
+    + """
+[objective]
+name = "soft_intro_vae"
+beta_neg = 4.0
+"""
+)
 DIGITS = {
     "format": 1,
     "data": {"name": "digits"},
