@@ -62,7 +62,8 @@ class Player:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
             self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
+            for parameter in self.parameters:
+                parameter.grad = None
 
 
 @define
@@ -134,7 +135,7 @@ def _given(**arguments: Any) -> dict[str, Any]:
 
 
 def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
 def sources(groups: Mapping[str, int], priors: Priors, decoder: nn.Module) -> Sources:

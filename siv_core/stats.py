@@ -13,6 +13,8 @@ from siv_core.errors import Diverged
 from siv_core.parallel import Parallel
 from siv_core.protocols import Terms
 
+RECENT = 64  # steps whose values wait to be added at once: a vector a step is cheap, adding it to sums at once is not
+
 
 @define
 class Stats:
@@ -23,25 +25,43 @@ class Stats:
     sums: dict[str, Tensor] = field(factory=dict)  # float64 [len(names)]
     bad_step: dict[str, Tensor] = field(factory=dict)  # int64 [len(names)]: first step with a non-finite value, or -1
     samples: dict[str, int] = field(factory=dict)  # how many since the last flush
+    recent: dict[str, list[tuple[int, int, Tensor]]] = field(factory=dict)  # (step, samples, vector) that wait to be added
 
     @torch.no_grad()
     def add(self, phase: str, step: int, n: int, terms: list[Terms], loss: Tensor, gradient_norm: Tensor) -> None:
         """One phase of one step: the terms of this process's micro-batches and its share of the loss of `n` samples."""
-        sums = [torch.stack(list(micro.values())).sum(dim=1) for micro in terms]
-        means = reduce(torch.add, sums) / n
-        vector = torch.cat([means, torch.stack([loss, gradient_norm / self.parallel.world])]).to(torch.float64)
         if self.names.get(phase) != [*terms[0], "loss", "gradient_norm"]:
             self.names[phase] = [*terms[0], "loss", "gradient_norm"]
-            self.sums[phase] = torch.zeros_like(vector)
-            self.bad_step[phase] = torch.full_like(vector, -1, dtype=torch.int64)
-            self.samples[phase] = 0
-        self.sums[phase] += vector * n
-        bad = self.bad_step[phase]
-        bad.masked_fill_((bad < 0) & ~torch.isfinite(vector), step)
+            self.sums[phase] = torch.zeros(len(self.names[phase]), dtype=torch.float64, device=loss.device)
+            self.bad_step[phase] = torch.full_like(self.sums[phase], -1, dtype=torch.int64)
+            self.samples[phase], self.recent[phase] = 0, []
+        sums = reduce(torch.add, [torch.stack(list(micro.values())).sum(dim=1) for micro in terms])
+        self.recent[phase].append((step, n, torch.cat([sums, torch.stack([loss, gradient_norm])])))
         self.samples[phase] += n
+        if len(self.recent[phase]) == RECENT:
+            self.add_recent()
+
+    @torch.no_grad()
+    def add_recent(self) -> None:
+        """Add what waits, in its order: when this happens does not change a bit of the sums."""
+        for phase, recent in self.recent.items():
+            if not recent:
+                continue
+            steps, n, vectors = zip(*recent, strict=True)
+            rows = torch.stack(vectors).to(torch.float64)  # [steps, len(names)]
+            rows[:, -2] *= torch.tensor(n, device=rows.device)  # the loss is a mean over the samples
+            rows[:, -1] *= torch.tensor(n, device=rows.device) / self.parallel.world  # and every process has the whole norm
+            for row in rows:
+                self.sums[phase] += row
+            last = torch.iinfo(torch.int64).max
+            at = torch.tensor(steps, device=rows.device)[:, None].where(~torch.isfinite(rows), last).amin(dim=0)
+            bad = self.bad_step[phase]
+            bad.copy_(bad.where((bad >= 0) | (at == last), at))
+            recent.clear()
 
     def check(self) -> None:
         """Raise `Diverged`, naming the first bad step, phase and term. Reads from the device."""
+        self.add_recent()
         found = []
         for phase, bad in self.bad_step.items():
             for name, step in zip(self.names[phase], bad.tolist(), strict=True):
@@ -57,6 +77,7 @@ class Stats:
 
     def flush(self) -> dict[str, dict[str, float]]:
         """{phase: {name: mean over the samples since the last flush}}; starts anew. Reads from the device once."""
+        self.add_recent()
         phases = [phase for phase in self.sums if self.samples[phase]]
         sums = [self.sums[phase].clone() for phase in phases]
         self.parallel.sum_(sums)
@@ -67,11 +88,12 @@ class Stats:
             own, values = values[:count], values[count:]
             means = [value / self.samples[phase] for value in own]
             result[phase] = dict(zip(self.names[phase], means, strict=True))
-        self.sums, self.bad_step, self.names, self.samples = {}, {}, {}, {}
+        self.sums, self.bad_step, self.names, self.samples, self.recent = {}, {}, {}, {}, {}
         return result
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON for a checkpoint between two ticks: the sums of all processes, which have to ask together."""
+        self.add_recent()
         sums = {phase: vector.clone() for phase, vector in self.sums.items()}
         self.parallel.sum_(list(sums.values()))
         return sums, {"names": self.names, "samples": self.samples}
@@ -81,3 +103,4 @@ class Stats:
         self.names, self.samples = data["names"], data["samples"]
         self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in tensors.items()}
         self.bad_step = {phase: torch.full_like(sums, -1, dtype=torch.int64) for phase, sums in tensors.items()}
+        self.recent = {phase: [] for phase in tensors}

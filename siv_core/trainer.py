@@ -160,11 +160,11 @@ class Trainer:
             shares.append(share.detach())
         present = [gradient for gradient in total if gradient is not None]
         self.parallel.sum_(present)
-        norm = torch.stack(torch._foreach_norm(present)).norm()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
         clip = self.built.recipe.train.clip_gradient
         if clip:
             torch._foreach_mul_(present, (clip / (norm + 1e-12)).clamp(max=1.0))
-        self.stats.add(phase.name, self.counters.step, active.plan.batch, terms, torch.stack(shares).sum(), norm)
+        self.stats.add(phase.name, self.counters.step, active.plan.batch, terms, sum(shares[1:], shares[0]), norm)
         for player in players:
             own_gradients, total = total[: len(player.parameters)], total[len(player.parameters) :]
             player.step(own_gradients)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -157,6 +158,14 @@ def test_statistics_are_means_over_samples_and_end_with_their_stage(catalogue, t
     for n, value in ((2, 1.0), (6, 5.0)):
         stats.add("p", 0, n, [{"term": torch.full((n,), value)}], torch.tensor(value), torch.tensor(value))
     assert stats.flush() == {"p": {"term": 4.0, "loss": 4.0, "gradient_norm": 4.0}}
+
+    for step, value in enumerate(torch.linspace(-3, 7, 150).tolist()):  # more than wait to be added at once
+        bad = {60: float("nan"), 70: float("inf")}.get(step, value)
+        stats.add("p", step, 1 + step % 3, [{"term": torch.full((1 + step % 3,), value)}], torch.tensor(bad), torch.tensor(1.0))
+    with pytest.raises(Diverged, match="since step 60: loss of phase 'p'"):
+        stats.check()
+    n, terms = 1 + np.arange(150) % 3, np.linspace(-3, 7, 150)
+    assert stats.flush()["p"]["term"] == pytest.approx((n * terms).sum() / n.sum(), rel=1e-6)
 
     stages = [{"length": "3 steps", "objective": {"name": "vae"}}, {"length": "3 steps", "train": {"batch": 32}}]
     t = toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64, "tick": "2 steps"}))
