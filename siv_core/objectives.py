@@ -1,8 +1,8 @@
-"""The objectives of the core: a plain VAE and Soft-IntroVAE. Each is data (`Objective`) over pure functions.
+"""Objectives: a plain VAE and Soft-IntroVAE (IntroVAE is in `intro_vae`). Each is data (`Objective`) over pure functions.
 
 Letters: r(a, b) reconstruction loss of b against a, K_g KL of latent group g, s scale, B_r beta_rec, B_k beta_kl, B_n beta_neg,
-g gamma_r, sg stop-gradient, ⟨·⟩ mean over the samples. x data, x_r = D(z) reconstruction, x_p = D(z_p) sample of the prior;
-both are the fakes x_f, and x_ff = D(E(x_f)).
+g gamma_r, m_g margin, [·]⁺ = max(0, ·), sg stop-gradient, ⟨·⟩ mean over the samples. x data, x_r = D(z) reconstruction,
+x_p = D(z_p) sample of the prior; these are the F fakes x_f (or x_p alone is), and x_ff = D(E(x_f)).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from siv_core import latents, losses
 from siv_core.component import Component, PerGroup, option, per_group
+from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
+from siv_core.latents import Codes
 from siv_core.protocols import Batch, Coeffs, Nets, Noise, Objective, Phase, Sources, Spec, Terms
 from siv_core.seeding import Streams
 
-FAKES = ("rec", "fake")  # x_r and x_p
+REC, FAKE = "rec", "fake"  # x_r and x_p
 
 
 def realise(nets: Nets, *, frozen: bool) -> dict[str, Any]:
@@ -36,6 +38,29 @@ def kl_terms(kind: str, kl: Mapping[str, Tensor]) -> Terms:
     if len(kl) > 1:
         named.update({f"kl_{kind}.{group}": value for group, value in kl.items()})
     return named
+
+
+def sample_prior(nets: Nets, prior: Mapping[str, Any], noise: Noise, labels: Tensor | None) -> tuple[Codes, Tensor]:
+    """z_p and x_p without gradient, for a phase in which neither the prior nor the decoder moves."""
+    with torch.no_grad():
+        z_p = {group: p.sample(noise["prior"][group], labels) for group, p in prior.items()}
+        return z_p, nets["decoder"](z_p, labels, noise["decoder"]["prior"])
+
+
+def decoder_inputs(nets: Nets, batch: Batch, noise: Noise, carry: dict[str, Any], share_noise: bool) -> tuple[Codes, Codes]:
+    """z and z_p of the decoder's phase without gradient: the encoder phase's own or, with noise of its own, new ones."""
+    if share_noise:
+        return carry["z"], carry["z_p"]
+    z = latents.detach(latents.sample(nets["encoder"](*batch), noise["posterior_again"]))
+    prior = realise(nets, frozen=True)
+    return z, {group: p.sample(noise["prior_again"][group], batch.labels) for group, p in prior.items()}
+
+
+def checked_fakes(fakes: tuple[str, ...]) -> tuple[str, ...]:
+    """These fakes, of which the samples of the prior cannot be left out."""
+    if FAKE not in fakes or len(set(fakes)) < len(fakes):
+        raise UserError(f'objective.fakes: needs "{FAKE}" and may have "{REC}" beside it, each once, got {list(fakes)}')
+    return fakes
 
 
 def scale_of(scale: float, spec: Spec) -> float:
@@ -88,7 +113,7 @@ def build_vae(config: VAEConfig, spec: Spec, groups: dict[str, int]) -> Objectiv
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Soft-IntroVAE (Daniel & Tamar 2021, arXiv:2012.13253), Algorithm 2.
+# Soft-IntroVAE (Daniel & Tamar 2021, arXiv:2012.13253), Algorithms 1 and 2.
 
 
 @frozen
@@ -102,6 +127,9 @@ class SoftIntroVAEConfig:
     alpha: float = option(2.0, doc="of the exponential ELBO (equation 4)", gt=0)
     gamma: float = option(1.0, doc="weight of the fakes' ELBO in the decoder's loss (equation 4)", ge=0)
     scale: float = option(0.0, doc="s, multiplies every ELBO; 0: 1/(C·H·W)", ge=0)
+    fakes: tuple[str, ...] = option(
+        (REC, FAKE), doc="rec: reconstructions, fake: samples; both: Algorithm 2, fake alone: Algorithm 1", choices=(REC, FAKE)
+    )
     stop_gradient: str = option(
         "official",
         doc="official: as the published code; paper: as Algorithm 2 says; full: no gradient into or through fakes' targets",
@@ -111,32 +139,40 @@ class SoftIntroVAEConfig:
 
 
 def soft_encoder_loss(
-    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, stop_gradient: str
+    nets: Nets,
+    batch: Batch,
+    noise: Noise,
+    c: Coeffs,
+    carry: dict[str, Any],
+    *,
+    fakes: tuple[str, ...],
+    stop_gradient: str,
+    re_decoder: str = "decoder",
 ) -> tuple[Tensor, Terms, dict[str, Any]]:
-    """E descends: s⟨ B_r r(x, x_r) + Σ_g B_k K_g(x) ⟩ + 1/(2α) Σ_f ⟨ exp(−α s [ B_r r(x_f, x_ff) + Σ_g B_n K_g(x_f) ]) ⟩.
+    """E descends: s⟨ B_r r(x, x_r) + Σ_g B_k K_g(x) ⟩ + 1/(Fα) Σ_f ⟨ exp(−α s [ B_r r(x_f, x_ff) + Σ_g B_n K_g(x_f) ]) ⟩.
 
     E's inputs x_f are detached but for "paper"; the target x_r is detached only by "full" (x_p does not depend on E).
+    `re_decoder` makes x_ff.
     """
     x, labels = batch
     prior = realise(nets, frozen=True)
     q = nets["encoder"](x, labels)
     z = latents.sample(q, noise["posterior"])
     x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    with torch.no_grad():  # neither the prior nor the decoder moves in this phase
-        z_p = {group: p.sample(noise["prior"][group], labels) for group, p in prior.items()}
-        x_p = nets["decoder"](z_p, labels, noise["decoder"]["prior"])
+    z_p, x_p = sample_prior(nets, prior, noise, labels)
     rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
     terms = {"rec_real": rec, **kl_terms("real", kl)}
-    for name, x_f in zip(FAKES, (x_r, x_p), strict=True):
+    made = {REC: x_r, FAKE: x_p}
+    for name in fakes:
+        x_f, own = made[name], noise["encoder_phase"][name]
         x_in = x_f if stop_gradient == "paper" else x_f.detach()
         target = x_f.detach() if stop_gradient == "full" else x_f
-        own = noise["encoder_phase"][name]
         q_f = nets["encoder"](x_in, labels)
-        x_ff = nets["decoder"](latents.sample(q_f, own["codes"]), labels, own["decoder"])
+        x_ff = nets[re_decoder](latents.sample(q_f, own["codes"]), labels, own["decoder"])
         rec_f, kl_f = nets["reconstruction"](target, x_ff), losses.kl(q_f, prior, own["kl"])
         exp_elbo = torch.exp(-c["alpha"] * c["scale"] * (c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_neg"])))
-        loss = loss + exp_elbo / (len(FAKES) * c["alpha"])
+        loss = loss + exp_elbo / (len(fakes) * c["alpha"])
         terms.update({f"rec_{name}": rec_f, **kl_terms(name, kl_f), f"exp_elbo_{name}": exp_elbo})
     return loss.mean(), terms, {"z": latents.detach(z), "z_p": z_p}
 
@@ -148,29 +184,26 @@ def soft_decoder_loss(
     c: Coeffs,
     carry: dict[str, Any],
     *,
+    fakes: tuple[str, ...],
     stop_gradient: str,
     share_noise: bool,
     re_decode: bool = True,
 ) -> tuple[Tensor, Terms, dict[str, Any]]:
-    """D descends: s⟨ B_r r(x, x_r) + γ/2 Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, x_ff) ) ⟩, with E as it is after its update.
+    """D descends: s⟨ B_r r(x, x_r) + γ/F Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, x_ff) ) ⟩, with E as it is after its update.
 
     r(x_f, x_ff) is r(sg x_f, D(sg z_f)), but for "paper" r(x_f, sg D(z_f)); without `re_decode` (g = 0) it is not computed.
     """
     x, labels = batch
     prior = realise(nets, frozen=True)
-    if share_noise:
-        z, z_p = carry["z"], carry["z_p"]
-    else:
-        z = latents.detach(latents.sample(nets["encoder"](x, labels), noise["posterior_again"]))
-        z_p = {group: p.sample(noise["prior_again"][group], labels) for group, p in prior.items()}
+    z, z_p = decoder_inputs(nets, batch, noise, carry, share_noise)
     x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    x_p = nets["decoder"](z_p, labels, noise["decoder"]["prior"])
+    made = {REC: x_r, FAKE: nets["decoder"](z_p, labels, noise["decoder"]["prior"])}
     rec = nets["reconstruction"](x, x_r)
     loss = c["beta_rec"] * rec
     terms: Terms = {"rec_real": rec}
     paper = stop_gradient == "paper"
-    for name, x_f in zip(FAKES, (x_r, x_p), strict=True):
-        own = noise["decoder_phase"][name]
+    for name in fakes:
+        x_f, own = made[name], noise["decoder_phase"][name]
         q_f = nets["encoder"](x_f, labels)
         kl_f = losses.kl(q_f, prior, own["kl"])
         fake = losses.weighted(kl_f, c["beta_kl"])
@@ -180,29 +213,31 @@ def soft_decoder_loss(
             rec_f = nets["reconstruction"](x_f, x_ff.detach()) if paper else nets["reconstruction"](x_f.detach(), x_ff)
             fake = fake + c["gamma_r"] * c["beta_rec"] * rec_f
             terms[f"rec_{name}"] = rec_f
-        loss = loss + c["gamma"] / len(FAKES) * fake
+        loss = loss + c["gamma"] / len(fakes) * fake
         terms.update(kl_terms(name, kl_f))
     return (c["scale"] * loss).mean(), terms, carry
 
 
-def draw_soft(n: int, streams: Streams, sources: Sources, *, share_noise: bool) -> Noise:
-    """Every random number of a step of both phases."""
+def draw_introspective(
+    n: int, streams: Streams, sources: Sources, *, fakes: tuple[str, ...], share_noise: bool, re_decode: bool = True
+) -> Noise:
+    """Every random number of a step of both phases; `re_decode`: fakes are not only encoded, but decoded again."""
 
     def re_encoding(phase: str, fake: str) -> Noise:
         name = f"{phase}.{fake}"
-        return {
-            "codes": sources.posterior(n, streams, f"codes.{name}"),
-            "kl": sources.kl(n, streams, f"kl.{name}"),
-            "decoder": sources.decoder(n, streams, f"decoder.{name}"),
-        }
+        own: Noise = {"kl": sources.kl(n, streams, f"kl.{name}")}
+        if re_decode:
+            own["codes"] = sources.posterior(n, streams, f"codes.{name}")
+            own["decoder"] = sources.decoder(n, streams, f"decoder.{name}")
+        return own
 
     noise = {
         "posterior": sources.posterior(n, streams, "posterior"),
         "prior": sources.prior(n, streams, "prior"),
         "kl": {"real": sources.kl(n, streams, "kl.real")},
         "decoder": {name: sources.decoder(n, streams, f"decoder.{name}") for name in ("real", "prior")},
-        "encoder_phase": {fake: re_encoding("encoder_phase", fake) for fake in FAKES},
-        "decoder_phase": {fake: re_encoding("decoder_phase", fake) for fake in FAKES},
+        "encoder_phase": {fake: re_encoding("encoder_phase", fake) for fake in fakes},
+        "decoder_phase": {fake: re_encoding("decoder_phase", fake) for fake in fakes},
     }
     if not share_noise:
         noise["posterior_again"] = sources.posterior(n, streams, "posterior_again")
@@ -211,16 +246,18 @@ def draw_soft(n: int, streams: Streams, sources: Sources, *, share_noise: bool) 
 
 
 def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[str, int]) -> Objective:
-    encoder_loss = partial(soft_encoder_loss, stop_gradient=config.stop_gradient)
+    fakes = checked_fakes(config.fakes)
+    encoder_loss = partial(soft_encoder_loss, fakes=fakes, stop_gradient=config.stop_gradient)
     decoder_loss = partial(
         soft_decoder_loss,
+        fakes=fakes,
         stop_gradient=config.stop_gradient,
         share_noise=config.share_noise,
         re_decode=config.gamma_r > 0,
     )
     return Objective(
         phases=(Phase("encoder", ("encoder",), encoder_loss), Phase("decoder", ("decoder",), decoder_loss)),
-        draw=partial(draw_soft, share_noise=config.share_noise),
+        draw=partial(draw_introspective, fakes=fakes, share_noise=config.share_noise),
         coeffs={
             "scale": scale_of(config.scale, spec),
             "alpha": config.alpha,
@@ -242,7 +279,7 @@ def siv_components() -> list[Component]:
             "soft_intro_vae",
             SoftIntroVAEConfig,
             build_soft_intro_vae,
-            "the encoder tells real from generated by a soft exponential of the ELBO (Algorithm 2)",
+            "the encoder tells real from generated by a soft exponential of the ELBO (Algorithms 1 and 2)",
             "arXiv:2012.13253",
         ),
     ]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor, nn
 
 from siv_core import latents
@@ -74,7 +74,9 @@ class Follower:
     module: nn.Module
 
     @classmethod
-    def of(cls, rule: Shadow, player: Player) -> Follower:
+    def of(cls, rule: Shadow, player: Player, epoch_images: int) -> Follower:
+        if rule.copy_every_epochs is not None:
+            rule = evolve(rule, copy_every_images=rule.copy_every_epochs * epoch_images, copy_every_epochs=None)
         return cls(rule, copy.deepcopy(player.module).requires_grad_(False))
 
     @property

@@ -169,12 +169,13 @@ class Phase(NamedTuple):
 
 @frozen
 class Shadow:
-    """A copy of a player without gradient: an average (`half_life_images`) or a hard copy every so many images."""
+    """A copy of a player without gradient: an average (`half_life_images`) or a hard copy every so many images or epochs."""
 
     name: str  # nets["PLAYER@name"]
     of: str
     half_life_images: float | None = None
     copy_every_images: int | None = None
+    copy_every_epochs: int | None = None  # the trainer knows how many images that are
 
 
 @frozen

@@ -18,7 +18,7 @@ from torch import Tensor
 from siv_core import checkpoint
 from siv_core.build import Built
 from siv_core.convert import Length
-from siv_core.errors import Stopped
+from siv_core.errors import Stopped, UserError
 from siv_core.feed import Feed, blend
 from siv_core.parallel import Parallel
 from siv_core.players import Follower, Player, make_nets, rows_of, slices, sources
@@ -74,12 +74,15 @@ class Trainer:
         if isinstance(built.reconstruction, torch.nn.Module):
             built.reconstruction.to(device)
         feed = Feed(built.dataset.rows("train"), built.spec, device, train.residency, conditional=train.conditional)
-        rules = [rule for plan in built.recipe.stages for rule in built.objective(plan).shadows]
+        objectives = [built.objective(plan) for plan in built.recipe.stages]
+        if parallel.world > 1 and any(objective.batch_statistic for objective in objectives):
+            raise UserError("objective: its loss is no mean over samples and cannot be shared by several processes; use one")
+        rules = [rule for objective in objectives for rule in objective.shadows]
         if built.recipe.shadow:
             shadow = built.recipe.shadow
             half_life = shadow.half_life.images(train.batch, len(feed.rows))
             rules += [Shadow("ema", of, half_life_images=half_life) for of in shadow.of if players[of].parameters]
-        followers = [Follower.of(rule, players[rule.of]) for rule in dict.fromkeys(rules)]
+        followers = [Follower.of(rule, players[rule.of], len(feed.rows)) for rule in dict.fromkeys(rules)]
         order = DataOrder(len(feed.rows), train.seed)
         return cls(built, rundir, device, parallel, observer, feed, order, players, followers, Stats(parallel))
 

@@ -7,10 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import toys
+from siv_plugins import bootstrap
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from siv_core.component import per_group
+from siv_core.errors import UserError
+from siv_core.intro_vae import IntroVAEConfig, build_intro_vae
 from siv_core.objectives import SoftIntroVAEConfig, VAEConfig, build_soft_intro_vae, build_vae
 from siv_core.players import Priors, make_nets, sources
 from siv_core.protocols import Batch, Spec
@@ -54,9 +58,9 @@ def to_double(tree):
     return None if tree is None else tree.double()
 
 
-def play(objective, s, noise, between=None):
+def play(objective, s, noise, between=None, shadows=None):
     """[(loss, {player: gradients})] of each phase; `between` runs after the first, as the encoder's update does."""
-    nets = make_nets({"encoder": s.E, "decoder": s.D, "prior": s.priors}, squared)
+    nets = make_nets({"encoder": s.E, "decoder": s.D, "prior": s.priors, **(shadows or {})}, squared)
     modules, carry, results = {"encoder": s.E, "decoder": s.D, "prior": s.priors}, {}, []
     for phase in objective.phases:
         coeffs = tensors_of(objective.coeffs, torch.device("cpu"))
@@ -89,7 +93,7 @@ def sg(codes):
     return {g: z.detach() for g, z in codes.items()}
 
 
-def naive_encoder_half(s, noise, b, form, scale, alpha):
+def naive_encoder_half(s, noise, b, form, scale, alpha, fakes=("rec", "fake"), target_decoder=None):
     """The canonical step, encoder half, one sample at a time, with requires_grad switched as the published code does."""
     for p in s.naive_D.parameters():
         p.requires_grad_(False)
@@ -101,37 +105,37 @@ def naive_encoder_half(s, noise, b, form, scale, alpha):
     for i in range(N):
         elbo = b["beta_rec"] * squared(s.x, x_r)[i] + sum(b["beta_kl"][g] * kl[g][i] for g in kl)
         total = total + scale * elbo / N
-    for name, fake in (("rec", x_r), ("fake", x_p)):
-        own = noise["encoder_phase"][name]
+    for name in fakes:
+        fake, own = {"rec": x_r, "fake": x_p}[name], noise["encoder_phase"][name]
         q_f = s.naive_E(fake if form == "paper" else fake.detach())
-        x_ff = s.naive_D(naive_sample(q_f, own["codes"]))
+        x_ff = (target_decoder or s.naive_D)(naive_sample(q_f, own["codes"]))
         target = fake.detach() if form == "full" else fake
         kl_f = naive_kl(q_f)
         for i in range(N):
             elbo = -(b["beta_rec"] * squared(target, x_ff)[i] + sum(b["beta_neg"][g] * kl_f[g][i] for g in kl_f))
-            total = total + 0.5 / alpha * torch.exp(alpha * scale * elbo) / N
+            total = total + torch.exp(alpha * scale * elbo) / alpha / len(fakes) / N
     total.backward()
     for p in s.naive_D.parameters():
         p.requires_grad_(True)
     return total, [p.grad.clone() for p in s.naive_E.parameters()], sg(z)
 
 
-def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p):
+def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p, fakes=("rec", "fake")):
     """The decoder half, with the encoder as it is after its update."""
     s.naive_D.zero_grad()
     for p in s.naive_E.parameters():
         p.requires_grad_(False)
     x_r, x_p = s.naive_D(z), s.naive_D(z_p)
     total = scale * b["beta_rec"] * squared(s.x, x_r).mean()
-    for name, fake in (("rec", x_r), ("fake", x_p)):
-        own = noise["decoder_phase"][name]
+    for name in fakes:
+        fake, own = {"rec": x_r, "fake": x_p}[name], noise["decoder_phase"][name]
         q_f = s.naive_E(fake)
         z_f = naive_sample(q_f, own["codes"])
         paper = form == "paper"
         rec = squared(fake, s.naive_D(z_f).detach()) if paper else squared(fake.detach(), s.naive_D(sg(z_f)))
         kl_f = naive_kl(q_f)
         weighted_kl = sum(b["beta_kl"][g] * kl_f[g].mean() for g in kl_f)
-        total = total + scale * gamma * 0.5 * (weighted_kl + gamma_r * b["beta_rec"] * rec.mean())
+        total = total + scale * gamma / len(fakes) * (weighted_kl + gamma_r * b["beta_rec"] * rec.mean())
     total.backward()
     return total, [p.grad.clone() for p in s.naive_D.parameters()]
 
@@ -140,27 +144,32 @@ def agree(ours, naive):
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-14)
 
 
+ALGORITHMS = {1: ("fake",), 2: ("rec", "fake")}
+
+
+def update_encoders(s):
+    """A step of the encoder, ours and the naive one, between the phases."""
+    with torch.no_grad():
+        for module in (s.E, s.naive_E):
+            for p in module.parameters():
+                p += 0.05 * torch.sin(torch.arange(p.numel(), dtype=p.dtype)).view_as(p)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("share_noise", [True, False])
 @pytest.mark.parametrize("form", ["official", "paper", "full"])
 @pytest.mark.parametrize("groups", ["one", "two"])
-def test_soft_intro_vae_is_algorithm_2(groups, form, share_noise):
-    s = setting(GROUPS[groups])
+def test_soft_intro_vae_is_algorithms_1_and_2(groups, form, share_noise, algorithm):
+    s, fakes = setting(GROUPS[groups]), ALGORITHMS[algorithm]
     numbers = {"alpha": 1.7, "gamma": 0.8, "gamma_r": 0.25, "scale": 0.11}  # no round values: each must matter
-    config = SoftIntroVAEConfig(**BETAS[groups], **numbers, stop_gradient=form, share_noise=share_noise)
+    config = SoftIntroVAEConfig(**BETAS[groups], **numbers, stop_gradient=form, share_noise=share_noise, fakes=fakes)
     objective = build_soft_intro_vae(config, SPEC, s.groups)
     noise = to_double(objective.draw(N, Streams(1, 7), s.sources))
     b = {key: value if key == "beta_rec" else per_group(value, s.groups) for key, value in BETAS[groups].items()}
-
-    def update_encoders():
-        with torch.no_grad():
-            for module in (s.E, s.naive_E):
-                for p in module.parameters():
-                    p += 0.05 * torch.sin(torch.arange(p.numel(), dtype=p.dtype)).view_as(p)
-
-    (loss_e, grads_e), (loss_d, grads_d) = play(objective, s, noise, between=update_encoders)
+    (loss_e, grads_e), (loss_d, grads_d) = play(objective, s, noise, between=lambda: update_encoders(s))
     # the naive halves start from the weights before the update
     s.naive_E.load_state_dict(toy_networks(SPEC, s.groups, torch.float64).encoder.state_dict())
-    naive_loss_e, naive_grads_e, z = naive_encoder_half(s, noise, b, form, numbers["scale"], numbers["alpha"])
+    naive_loss_e, naive_grads_e, z = naive_encoder_half(s, noise, b, form, numbers["scale"], numbers["alpha"], fakes)
     agree(loss_e, naive_loss_e)
     agree(list(grads_e["encoder"]), naive_grads_e)
 
@@ -170,7 +179,7 @@ def test_soft_intro_vae_is_algorithm_2(groups, form, share_noise):
         with torch.no_grad():
             z, z_p = naive_sample(s.naive_E(s.x), noise["posterior_again"]), noise["prior_again"]
     naive_loss_d, naive_grads_d = naive_decoder_half(
-        s, noise, b, form, numbers["scale"], numbers["gamma"], numbers["gamma_r"], z, z_p
+        s, noise, b, form, numbers["scale"], numbers["gamma"], numbers["gamma_r"], z, z_p, fakes
     )
     agree(loss_d, naive_loss_d)
     agree(list(grads_d["decoder"]), naive_grads_d)
@@ -207,6 +216,154 @@ def test_vae_is_the_weighted_elbo(groups):
     agree(loss, naive)
     agree(list(grads["encoder"]), [p.grad for p in s.naive_E.parameters()])
     agree(list(grads["decoder"]), [p.grad for p in s.naive_D.parameters()])
+
+
+# -- IntroVAE ------------------------------------------------------------------------------------------------------------------
+
+# what the published forms differ in, written down a second time: (fakes, batch mean, factor of their sum, decoder's weight)
+FORMS = {
+    "table2": (("fake",), False, 1.0, "beta_neg"),
+    "introvae": (("rec", "fake"), False, 1.0, "beta_neg"),
+    "hhb072": (("rec", "fake"), True, 0.5, "beta_kl"),
+}
+MARGINS = {"one": 2.1, "two": {"class": 1.3, "content": 0.9}}
+
+
+@pytest.mark.parametrize("groups", ["one", "two"])
+@pytest.mark.parametrize("preset", FORMS)
+def test_intro_vae_is_each_published_form(preset, groups):
+    s = setting(GROUPS[groups])
+    fakes, batch_mean, factor, decoder_weight = FORMS[preset]
+    config = IntroVAEConfig(**BETAS[groups], margin=MARGINS[groups], preset=preset, scale=0.9)
+    objective = build_intro_vae(config, SPEC, s.groups)
+    assert objective.batch_statistic == batch_mean
+    noise = to_double(objective.draw(N, Streams(1, 7), s.sources))
+    b = {key: value if key == "beta_rec" else per_group(value, s.groups) for key, value in BETAS[groups].items()}
+    m = per_group(MARGINS[groups], s.groups)
+    (loss_e, grads_e), (loss_d, grads_d) = play(objective, s, noise, between=lambda: update_encoders(s))
+
+    s.naive_E.load_state_dict(toy_networks(SPEC, s.groups, torch.float64).encoder.state_dict())
+    q = s.naive_E(s.x)
+    z = naive_sample(q, noise["posterior"])
+    x = {"rec": s.naive_D(z), "fake": s.naive_D(noise["prior"])}
+    naive_e = b["beta_rec"] * squared(s.x, x["rec"]).mean() + sum(b["beta_kl"][g] * k.mean() for g, k in naive_kl(q).items())
+    met = []
+    for name in fakes:
+        for g, k in naive_kl(s.naive_E(x[name].detach())).items():
+            if batch_mean:
+                naive_e = naive_e + factor * b["beta_neg"][g] * torch.relu(m[g] - k.mean())
+            else:
+                naive_e = naive_e + factor * b["beta_neg"][g] * sum(max(m[g] - k[i], k[i] * 0) for i in range(N)) / N
+            met += (k < m[g]).tolist()
+    assert True in met, "a margin that nobody misses tests nothing"
+    naive_e = 0.9 * naive_e
+    agree(loss_e, naive_e)
+    agree(list(grads_e["encoder"]), list(torch.autograd.grad(naive_e, list(s.naive_E.parameters()))))
+
+    s.naive_E.load_state_dict(s.E.state_dict())
+    x = {"rec": s.naive_D(sg(z)), "fake": s.naive_D(noise["prior"])}
+    naive_d = b["beta_rec"] * squared(s.x, x["rec"]).mean()
+    for name in fakes:
+        naive_d = naive_d + factor * sum(b[decoder_weight][g] * k.mean() for g, k in naive_kl(s.naive_E(x[name])).items())
+    naive_d = 0.9 * naive_d
+    agree(loss_d, naive_d)
+    agree(list(grads_d["decoder"]), list(torch.autograd.grad(naive_d, list(s.naive_D.parameters()))))
+
+
+def test_the_settings_of_intro_vae_override_its_preset():
+    spelt = {"fakes": ("rec", "fake"), "hinge": "batch", "average": "mean", "decoder_weight": "beta_kl"}
+    one, other = (
+        build_intro_vae(c, SPEC, {"z": 2}) for c in (IntroVAEConfig(preset="hhb072"), IntroVAEConfig(preset="table2", **spelt))
+    )
+    assert one.phases[0].loss.keywords == other.phases[0].loss.keywords
+    assert one.phases[1].loss.keywords == other.phases[1].loss.keywords
+    assert one.coeffs == other.coeffs
+    with pytest.raises(UserError, match=r'objective.fakes: needs "fake"'):
+        build_intro_vae(IntroVAEConfig(fakes=("rec",)), SPEC, {"z": 2})
+
+
+def gradients_of(objective, s):
+    noise = to_double(objective.draw(N, Streams(1, 7), s.sources))
+    return [torch.cat([g.flatten() for g in own]) for _, grads in play(objective, s, noise) for own in grads.values()]
+
+
+def test_limits_are_what_the_formulas_say():
+    s, b = setting(GROUPS["one"]), {"beta_rec": 0.7, "beta_kl": 0.3}
+    vae = gradients_of(build_vae(VAEConfig(**b, scale=0.5), SPEC, s.groups), s)[0]
+    no_margin = build_intro_vae(IntroVAEConfig(**b, beta_neg=5.0, margin=0.0, scale=0.5), SPEC, s.groups)
+    no_hinge = build_intro_vae(IntroVAEConfig(**b, beta_neg=0.0, margin=9.0, scale=0.5), SPEC, s.groups)
+    sharp = build_soft_intro_vae(SoftIntroVAEConfig(**b, beta_neg=5.0, alpha=1e4, scale=0.5), SPEC, s.groups)
+    for objective in (no_margin, no_hinge, sharp):
+        torch.testing.assert_close(gradients_of(objective, s)[0], vae, rtol=1e-10, atol=1e-12)
+    # beta_neg → 0 leaves the exponential with the fakes' reconstruction alone, and a KL that is not pushed
+    pushes = [
+        gradients_of(build_soft_intro_vae(SoftIntroVAEConfig(**b, beta_neg=n, scale=0.5), SPEC, s.groups), s)[0]
+        for n in (0.0, 1e-9, 1.0)
+    ]
+    torch.testing.assert_close(pushes[1], pushes[0], rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(pushes[2], pushes[0], rtol=1e-3)
+    assert not torch.allclose(pushes[0], vae, rtol=1e-3)
+    # γ = 0: the decoder sees the reconstruction of data alone
+    alone = gradients_of(build_soft_intro_vae(SoftIntroVAEConfig(**b, gamma=0.0, scale=0.5), SPEC, s.groups), s)[1]
+    no_kl = {"beta_rec": 0.7, "beta_kl": 0.0, "beta_neg": 0.0}
+    rec = gradients_of(build_intro_vae(IntroVAEConfig(**no_kl, scale=0.5), SPEC, s.groups), s)[1]
+    torch.testing.assert_close(alone, rec, rtol=1e-10, atol=1e-12)
+
+
+# -- the bootstrap form ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", ["one", "two"])
+def test_bootstrap_decodes_fakes_again_by_the_target(groups):
+    s = setting(GROUPS[groups])
+    target = copy.deepcopy(s.D).requires_grad_(False)
+    with torch.no_grad():
+        for p in target.parameters():
+            p += 0.03
+    config = bootstrap.BootstrapConfig(**BETAS[groups], gamma_r=0.6, gamma=0.8, alpha=1.7, scale=0.11)
+    objective = bootstrap.build(config, SPEC, s.groups)
+    noise = to_double(objective.draw(N, Streams(1, 7), s.sources))
+    b = {key: value if key == "beta_rec" else per_group(value, s.groups) for key, value in BETAS[groups].items()}
+    (loss_e, grads_e), (loss_d, grads_d) = play(objective, s, noise, lambda: update_encoders(s), {"decoder@target": target})
+
+    s.naive_E.load_state_dict(toy_networks(SPEC, s.groups, torch.float64).encoder.state_dict())
+    naive_e, naive_grads_e, z = naive_encoder_half(s, noise, b, "official", 0.11, 1.7, target_decoder=target)
+    agree(loss_e, naive_e)
+    agree(list(grads_e["encoder"]), naive_grads_e)
+
+    s.naive_E.load_state_dict(s.E.state_dict())
+    naive_d = 0.11 * b["beta_rec"] * squared(s.x, s.naive_D(z)).mean()
+    for name, codes in (("rec", z), ("fake", noise["prior"])):
+        fake = s.naive_D(codes)
+        q = s.naive_E(fake)
+        again = target(naive_sample(q, noise["decoder_phase"][name]["codes"]))
+        kl = sum(b["beta_kl"][g] * k.mean() for g, k in naive_kl(q).items())
+        naive_d = naive_d + 0.11 * 0.8 / 2 * (kl + 0.6 * b["beta_rec"] * squared(fake, again).mean())
+    agree(loss_d, naive_d)
+    agree(list(grads_d["decoder"]), list(torch.autograd.grad(naive_d, list(s.naive_D.parameters()))))
+
+
+def test_the_target_is_the_decoder_at_first_and_a_copy_at_the_end_of_every_kth_epoch(catalogue, tmp_path):
+    objective = {"name": "bootstrap_soft_intro_vae", "beta_neg": 4.0, "copy_epochs": 2}
+    stages = [{"length": "2 steps", "objective": {"name": "vae"}}, {"length": "64 steps"}]
+    tree = toys.tree(objective=objective, stages=stages, train={"batch": 64, "checkpoint": "1000 steps"})
+    t = toys.trainer(catalogue, tmp_path, tree)
+    [follower] = t.followers
+    start, seen = toys.weights(t, "decoder"), []
+    assert toys.same(follower.module.state_dict(), start)
+    follow = follower.follow
+
+    def watched(source, before, now):
+        follow(source, before, now)
+        seen.append(not toys.same(follower.module.state_dict(), seen_before[0]))
+        seen_before[0] = {key: value.clone() for key, value in follower.module.state_dict().items()}
+
+    seen_before = [start]
+    t.followers[0] = SimpleNamespace(follow=watched, rule=follower.rule, key=follower.key, module=follower.module)
+    assert t.run() == "finished"
+    # 1,400 images an epoch, 64 a step: two epochs are over in step 44
+    assert [step for step, copied in enumerate(seen, 1) if copied] == [44]
+    assert not toys.same(start, toys.weights(t, "decoder"))
 
 
 def test_scale_defaults_to_one_over_the_dimensions():

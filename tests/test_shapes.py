@@ -25,7 +25,7 @@ from siv_core.seeding import Streams
 from siv_core.session import Silent
 from siv_core.stats import Stats
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
-from siv_core.trainer import tensors_of
+from siv_core.trainer import Trainer, tensors_of
 
 
 def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
@@ -151,6 +151,15 @@ def test_a_size_that_the_network_does_not_grow_to_is_refused(catalogue, tmp_path
         toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
     stages[0]["data"]["size"] = 8  # the data's own
     toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
+
+
+def test_a_loss_over_the_whole_batch_is_not_cut(catalogue, tmp_path):
+    objective = {"name": "intro_vae", "preset": "hhb072"}
+    with pytest.raises(UserError, match=r"train\.micro_batch: the loss of intro_vae is no mean over samples and cannot be cut"):
+        toys.trainer(catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64, "micro_batch": 16}))
+    t = toys.trainer(catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64}))
+    with pytest.raises(UserError, match="cannot be shared by several processes"):
+        Trainer.of(t.built, t.rundir, t.device, Parallel(rank=0, world=2), Silent())
 
 
 def test_statistics_are_means_over_samples_and_end_with_their_stage(catalogue, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,12 @@ class AffineMap:
         return AffineMap(self.log_a.detach(), self.b.detach())
 
 
+soft_decoder_loss = partial(objectives.soft_decoder_loss, fakes=("rec", "fake"), stop_gradient="official", share_noise=True)
+
+
 def three_player_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
     """The decoder's loss, and for the prior alone s Σ_g B_k KL[sg q(z|x) ‖ p]."""
-    loss, terms, carry = objectives.soft_decoder_loss(nets, batch, noise, c, carry, stop_gradient="official", share_noise=True)
+    loss, terms, carry = soft_decoder_loss(nets, batch, noise, c, carry)
     prior = objectives.realise(nets, frozen=False)
     q = detach_posterior(nets["encoder"](batch.x))
     fit = kl(q, prior, noise["kl"]["real"])
@@ -181,7 +185,7 @@ def build_three_players(config: Any, spec: Spec, groups: dict[str, int]) -> Obje
 def bootstrap_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
     """The fakes are decoded again by the target, which no gradient changes."""
     with_target = {**nets, "decoder": Redirected(nets["decoder"], nets["decoder@target"])}
-    return objectives.soft_decoder_loss(with_target, batch, noise, c, carry, stop_gradient="official", share_noise=True)
+    return soft_decoder_loss(with_target, batch, noise, c, carry)
 
 
 class Redirected:
