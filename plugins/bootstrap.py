@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from siv_core import Component, Objective, Phase, Shadow, Spec, hookimpl, latents, losses, objectives, option
-from siv_core.objectives import FAKE, REC, SoftIntroVAEConfig
+from siv_core.objectives import REC, SoftIntroVAEConfig
 from siv_core.protocols import Batch, Coeffs, Nets, Noise, Terms
 
 TARGET = "target"
@@ -35,10 +35,8 @@ def bootstrap_decoder_loss(
     """
     x, labels = batch
     prior = objectives.realise(nets, frozen=True)
-    z, z_p = objectives.decoder_inputs(nets, batch, noise, carry, share_noise)
-    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    made = {REC: x_r, FAKE: nets["decoder"](z_p, labels, noise["decoder"]["prior"])}
-    rec = nets["reconstruction"](x, x_r)
+    made = objectives.decoder_phase_fakes(nets, batch, noise, carry, share_noise)
+    rec = nets["reconstruction"](x, made[REC])
     loss = c["beta_rec"] * rec
     terms: Terms = {"rec_real": rec}
     for name in fakes:

@@ -74,18 +74,16 @@ def intro_encoder_loss(
     prior = objectives.realise(nets, frozen=True)
     q = nets["encoder"](x, labels)
     z = latents.sample(q, noise["posterior"])
-    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    z_p, x_p = objectives.sample_prior(nets, prior, noise, labels)
-    rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
+    made, handed_on = objectives.encoder_phase_fakes(nets, batch, noise, z, carry)
+    rec, kl = nets["reconstruction"](x, made[REC]), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"])
     terms = {"rec_real": rec, **objectives.kl_terms("real", kl)}
-    made = {REC: x_r, FAKE: x_p}
     for name in form.fakes:
         kl_f = losses.kl(nets["encoder"](made[name].detach(), labels), prior, noise["encoder_phase"][name]["kl"])
         pushed = hinge(kl_f, c["margin"], c["beta_neg"], form.hinge)
         loss = loss + c["average"] * pushed
         terms.update({**objectives.kl_terms(name, kl_f), f"hinge_{name}": pushed})
-    return (c["scale"] * loss).mean(), terms, {"z": latents.detach(z), "z_p": z_p}
+    return (c["scale"] * loss).mean(), terms, handed_on
 
 
 def intro_decoder_loss(
@@ -94,14 +92,12 @@ def intro_decoder_loss(
     """D descends: s⟨ B_r r(x, x_r) + w Σ_f Σ_g B K_g(x_f) ⟩, B = B_n or B_k, with E as it is after its update.
 
     The published code steps E inside the graph that D's gradient then goes through, which today's PyTorch refuses: here the
-    fakes are made and encoded again.
+    fakes are encoded again.
     """
     x, labels = batch
     prior = objectives.realise(nets, frozen=True)
-    z, z_p = objectives.decoder_inputs(nets, batch, noise, carry, share_noise)
-    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    made = {REC: x_r, FAKE: nets["decoder"](z_p, labels, noise["decoder"]["prior"])}
-    rec = nets["reconstruction"](x, x_r)
+    made = objectives.decoder_phase_fakes(nets, batch, noise, carry, share_noise)
+    rec = nets["reconstruction"](x, made[REC])
     loss = c["beta_rec"] * rec
     terms: Terms = {"rec_real": rec}
     for name in form.fakes:

@@ -20,10 +20,11 @@ from siv_core.component import Component, PerGroup, option, per_group
 from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
 from siv_core.latents import Codes
-from siv_core.protocols import Batch, Coeffs, Nets, Noise, Objective, Phase, Sources, Spec, Terms
+from siv_core.protocols import KEEP_GRAPHS, Batch, Coeffs, Nets, Noise, Objective, Phase, Sources, Spec, Terms
 from siv_core.seeding import Streams
 
 REC, FAKE = "rec", "fake"  # x_r and x_p
+Made = dict[str, Tensor]  # the two of a phase
 
 
 def realise(nets: Nets, *, frozen: bool) -> dict[str, Any]:
@@ -40,20 +41,30 @@ def kl_terms(kind: str, kl: Mapping[str, Tensor]) -> Terms:
     return named
 
 
-def sample_prior(nets: Nets, prior: Mapping[str, Any], noise: Noise, labels: Tensor | None) -> tuple[Codes, Tensor]:
-    """z_p and x_p without gradient, for a phase in which neither the prior nor the decoder moves."""
-    with torch.no_grad():
-        z_p = {group: p.sample(noise["prior"][group], labels) for group, p in prior.items()}
-        return z_p, nets["decoder"](z_p, labels, noise["decoder"]["prior"])
+def encoder_phase_fakes(nets: Nets, batch: Batch, noise: Noise, z: Codes, carry: dict[str, Any]) -> tuple[Made, dict[str, Any]]:
+    """x_r and x_p of the encoder's phase, and what the decoder's phase needs to have the same ones."""
+    decoder_noise, keep = noise["decoder"], bool(carry.get(KEEP_GRAPHS))
+    with torch.no_grad():  # neither the prior nor the decoder moves in this phase
+        z_p = {g: p.sample(noise["prior"][g], batch.labels) for g, p in realise(nets, frozen=True).items()}
+    x_r = nets["decoder"](z, batch.labels, decoder_noise["real"])
+    with torch.set_grad_enabled(keep):
+        x_p = nets["decoder"](z_p, batch.labels, decoder_noise["prior"])
+    made = {REC: x_r, FAKE: x_p}
+    return made, {"z": latents.detach(z), "z_p": z_p, **({"made": made} if keep else {})}
 
 
-def decoder_inputs(nets: Nets, batch: Batch, noise: Noise, carry: dict[str, Any], share_noise: bool) -> tuple[Codes, Codes]:
-    """z and z_p of the decoder's phase without gradient: the encoder phase's own or, with noise of its own, new ones."""
+def decoder_phase_fakes(nets: Nets, batch: Batch, noise: Noise, carry: dict[str, Any], share_noise: bool) -> Made:
+    """x_r and x_p with D's graph alone: those of the encoder's phase, in which D did not move, or of noise of their own."""
+    if share_noise and "made" in carry:
+        return dict(carry["made"])
     if share_noise:
-        return carry["z"], carry["z_p"]
-    z = latents.detach(latents.sample(nets["encoder"](*batch), noise["posterior_again"]))
-    prior = realise(nets, frozen=True)
-    return z, {group: p.sample(noise["prior_again"][group], batch.labels) for group, p in prior.items()}
+        z, z_p = carry["z"], carry["z_p"]
+    else:
+        z = latents.detach(latents.sample(nets["encoder"](*batch), noise["posterior_again"]))
+        prior = realise(nets, frozen=True)
+        z_p = {group: p.sample(noise["prior_again"][group], batch.labels) for group, p in prior.items()}
+    codes = {REC: (z, noise["decoder"]["real"]), FAKE: (z_p, noise["decoder"]["prior"])}
+    return {name: nets["decoder"](own, batch.labels, drawn) for name, (own, drawn) in codes.items()}
 
 
 def checked_fakes(fakes: tuple[str, ...]) -> tuple[str, ...]:
@@ -158,12 +169,10 @@ def soft_encoder_loss(
     prior = realise(nets, frozen=True)
     q = nets["encoder"](x, labels)
     z = latents.sample(q, noise["posterior"])
-    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    z_p, x_p = sample_prior(nets, prior, noise, labels)
-    rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
+    made, handed_on = encoder_phase_fakes(nets, batch, noise, z, carry)
+    rec, kl = nets["reconstruction"](x, made[REC]), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
     terms = {"rec_real": rec, **kl_terms("real", kl)}
-    made = {REC: x_r, FAKE: x_p}
     for name in fakes:
         x_f, own = made[name], noise["encoder_phase"][name]
         x_in = x_f if stop_gradient == "paper" else x_f.detach()
@@ -174,7 +183,7 @@ def soft_encoder_loss(
         exp_elbo = torch.exp(-c["alpha"] * c["scale"] * (c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_neg"])))
         loss = loss + exp_elbo / (len(fakes) * c["alpha"])
         terms.update({f"rec_{name}": rec_f, **kl_terms(name, kl_f), f"exp_elbo_{name}": exp_elbo})
-    return loss.mean(), terms, {"z": latents.detach(z), "z_p": z_p}
+    return loss.mean(), terms, handed_on
 
 
 def soft_decoder_loss(
@@ -195,10 +204,8 @@ def soft_decoder_loss(
     """
     x, labels = batch
     prior = realise(nets, frozen=True)
-    z, z_p = decoder_inputs(nets, batch, noise, carry, share_noise)
-    x_r = nets["decoder"](z, labels, noise["decoder"]["real"])
-    made = {REC: x_r, FAKE: nets["decoder"](z_p, labels, noise["decoder"]["prior"])}
-    rec = nets["reconstruction"](x, x_r)
+    made = decoder_phase_fakes(nets, batch, noise, carry, share_noise)
+    rec = nets["reconstruction"](x, made[REC])
     loss = c["beta_rec"] * rec
     terms: Terms = {"rec_real": rec}
     paper = stop_gradient == "paper"

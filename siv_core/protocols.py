@@ -155,7 +155,10 @@ class Sources(NamedTuple):
     decoder: Callable[[int, Streams, str], Any]
 
 
-# (nets, batch, noise, coeffs, carry) -> (mean loss 0-dim, per-sample terms, detached carry for the next phase): a pure function
+KEEP_GRAPHS = "keep_graphs"  # stands in the carry of a first phase that may hand on tensors with their graphs
+
+# (nets, batch, noise, coeffs, carry) -> (mean loss 0-dim, per-sample terms, carry for the next phase): a pure function. What is
+# carried is detached, unless KEEP_GRAPHS allows graphs: then those of players that have not moved meanwhile
 PhaseLoss = Callable[[Nets, Batch, Noise, Coeffs, dict[str, Any]], "tuple[Tensor, Terms, dict[str, Any]]"]
 
 

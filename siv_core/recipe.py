@@ -64,6 +64,7 @@ class Train:
     length: Length | None = option(None, doc="how long to train; with [[stages]] the stages say it")
     seed: int = option(0, doc="of everything random", ge=0, lt=2**63)
     micro_batch: int = option(0, doc="samples a forward pass, less memory, same result; 0: the whole batch", ge=0)
+    keep_graphs: bool = option(False, doc="later phases reuse what earlier ones made: less time with small networks, more memory")
     precision: str = option("fp32", doc="of the networks; losses are always fp32", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, doc="on CUDA: only algorithms that give the same bits again")
     channels_last: bool = option(False, doc="memory layout of images and convolutions")
@@ -144,7 +145,11 @@ class Recipe:
             "reconstruction": self.reconstruction.tree(),
             "prior": {group or "all": choice.tree() for group, choice in self.prior.items()},
             "stages": [
-                {**plain(stage), "objective": stage.objective.tree(), "optim": _named(plain(stage.optim))}
+                {
+                    **plain(stage),
+                    "objective": stage.objective.tree(),
+                    "optim": {player or "all": values for player, values in plain(stage.optim).items()},
+                }
                 for stage in self.stages
             ],
             "train": {key: value for key, value in plain(self.train).items() if key != "length"},
@@ -152,10 +157,6 @@ class Recipe:
             "metrics": {name: choice.tree() for name, choice in self.metrics.items()},
             "init": plain(self.init) if self.init else None,
         }
-
-
-def _named(optim: dict[str, Any]) -> dict[str, Any]:
-    return {player or "all": values for player, values in optim.items()}
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

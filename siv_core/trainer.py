@@ -22,7 +22,7 @@ from siv_core.errors import Stopped, UserError
 from siv_core.feed import Feed, blend
 from siv_core.parallel import Parallel
 from siv_core.players import Follower, Player, make_nets, rows_of, slices, sources
-from siv_core.protocols import Batch, Nets, Noise, Objective, Phase, Shadow, Stage
+from siv_core.protocols import KEEP_GRAPHS, Batch, Nets, Noise, Objective, Phase, Shadow, Stage
 from siv_core.recipe import Optim, StagePlan
 from siv_core.rundir import RunDir
 from siv_core.seeding import DataOrder, Streams
@@ -144,7 +144,7 @@ class Trainer:
             batch = batch._replace(x=blend(batch.x, active.fade))
         noise = active.objective.draw(plan.batch, streams, active.sources)
         parts = micro_batches(batch, noise, share, plan.batch, self.built.recipe.train.micro_batch)
-        carries: list[dict[str, Any]] = [{} for _ in parts]
+        carries: list[dict[str, Any]] = [{KEEP_GRAPHS: self.built.recipe.train.keep_graphs} for _ in parts]
         for phase in active.objective.phases:
             self.play(phase, active, parts, carries)
 
@@ -154,10 +154,11 @@ class Trainer:
         parameters = [parameter for player in players for parameter in player.parameters]
         total: list[Tensor | None] = [None] * len(parameters)
         terms, shares = [], []
+        keep = self.built.recipe.train.keep_graphs and phase is not active.objective.phases[-1]
         for i, (batch, noise) in enumerate(parts):
             loss, own, carries[i] = phase.loss(active.nets, batch, noise, active.coeffs, carries[i])
             share = loss * (len(batch.x) / active.plan.batch)
-            gradients = torch.autograd.grad(share, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(share, parameters, allow_unused=True, retain_graph=keep)
             total = [_add(before, new) for before, new in zip(total, gradients, strict=True)]
             terms.append({name: term.detach() for name, term in own.items()})
             shares.append(share.detach())

@@ -153,11 +153,32 @@ def test_a_size_that_the_network_does_not_grow_to_is_refused(catalogue, tmp_path
     toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
 
 
+@pytest.mark.parametrize("objective", ["soft_intro_vae", "intro_vae", "bootstrap_soft_intro_vae"])
+def test_graphs_that_are_kept_save_two_decodings_and_change_no_gradient(catalogue, tmp_path, objective):
+    ends, calls = {}, {}
+    for keep in (False, True):
+        # plain gradient steps in effect (a huge eps): Adam would blow up the last bits of gradients near 0
+        options = {"objective": {"name": objective, "beta_neg": 4.0}, "optim": {"lr": 1e2, "eps": 1e3}}
+        t = toys.trainer(
+            catalogue, tmp_path / str(keep), toys.tree(**options, train={"batch": 32, "length": "5 steps", "keep_graphs": keep})
+        )
+        calls[keep] = []
+        t.players["decoder"].module.register_forward_hook(lambda *_, made=calls[keep]: made.append(1))
+        start = toys.weights(t, "decoder")
+        assert t.run() == "finished"
+        ends[keep] = [value for player in ("encoder", "decoder") for value in toys.weights(t, player).values()]
+        assert not toys.same(start, toys.weights(t, "decoder"))
+    torch.testing.assert_close(ends[True], ends[False], rtol=1e-5, atol=1e-6)
+    assert len(calls[False]) - len(calls[True]) == 2 * 5
+
+
 def test_a_loss_over_the_whole_batch_is_not_cut(catalogue, tmp_path):
     objective = {"name": "intro_vae", "preset": "hhb072"}
     with pytest.raises(UserError, match=r"train\.micro_batch: the loss of intro_vae is no mean over samples and cannot be cut"):
-        toys.trainer(catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64, "micro_batch": 16}))
-    t = toys.trainer(catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64}))
+        toys.trainer(
+            catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64, "micro_batch": 16, "length": "2 steps"})
+        )
+    t = toys.trainer(catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64, "length": "2 steps"}))
     with pytest.raises(UserError, match="cannot be shared by several processes"):
         Trainer.of(t.built, t.rundir, t.device, Parallel(rank=0, world=2), Silent())
 
