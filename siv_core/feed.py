@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from siv_core.protocols import Batch, Rows, Spec
+from siv_core.seeding import Streams
 
 HOST_SHARE = 0.3  # of the free memory that data may take to be held there
 UNKNOWN_MEMORY = 4 << 30  # what a machine that does not say is taken to have free, in bytes
@@ -49,16 +50,27 @@ class Feed:
     def __init__(self, rows: Rows, spec: Spec, device: torch.device, residency: str, *, conditional: bool) -> None:
         self.rows, self.spec, self.device, self.conditional = rows, spec, device, conditional
         size = rows.x.numel() * rows.x.element_size()
-        fits = residency == "device" or (residency == "auto" and size <= HOST_SHARE * _free_bytes(device))
+        self.endless = rows.draw is not None
+        wanted = residency == "device" or (residency == "auto" and size <= HOST_SHARE * _free_bytes(device))
+        fits = wanted and not self.endless  # an endless split's table is not for training
         self.x = rows.x if not fits else rows.x.clone() if device.type == "cpu" else rows.x.to(device)
-        self.residency = "device" if fits else "host"
+        self.residency = "drawn" if self.endless else "device" if fits else "host"
 
     def take(self, positions: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
         """A batch in `shape`, a size of the stage."""
         at = self.rows.at(positions)
         x = self.x[at.to(self.x.device)].to(self.device, non_blocking=True)
+        return self._batch(x, None if self.rows.labels is None else self.rows.labels[at], shape, memory_format)
+
+    def draw(self, n: int, share: slice, streams: Streams, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
+        """Rows `share` of the n samples that a step of an endless split sees; all n are drawn, so that no share depends on it."""
+        assert self.rows.draw is not None
+        x, labels = self.rows.draw(n, streams("data"))
+        return self._batch(x[share], None if labels is None else labels[share], shape, memory_format)
+
+    def _batch(self, x: Tensor, labels: Tensor | None, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
         x = to_float(x, self.spec, shape)
-        labels = self.rows.labels[at].to(self.device) if self.conditional and self.rows.labels is not None else None
+        labels = labels.to(self.device) if self.conditional and labels is not None else None
         return Batch(x.contiguous(memory_format=memory_format) if x.ndim == 4 else x, labels)
 
 

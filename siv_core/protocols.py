@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Generator, Tensor, nn
 
     from siv_core.latents import Codes, Gaussian, Posterior
     from siv_core.seeding import Streams
@@ -59,12 +59,17 @@ class Batch(NamedTuple):
 
 @frozen
 class Rows:
-    """One split of a data set as a table; tensors may be memory-mapped and are never written to."""
+    """One split of a data set as a table; tensors may be memory-mapped and are never written to.
+
+    An endless split has a `draw` too: training draws the batch of each step with it, on the generator's device, and never reads
+    the table. That one stands for the split wherever rows are asked for, and its length is the nominal epoch.
+    """
 
     x: Tensor  # [M, ...], uint8 (0 … 255 standing for the value range) or float32 in the value range
     labels: Tensor | None = None  # [M] int64
     factors: Tensor | None = None  # [M, F] int64, columns in the order of `Spec.factors`
     index: Tensor | None = None  # [N] int64: which of the M rows are this split's; None: all of them
+    draw: Callable[[int, Generator], Batch] | None = None  # (n, generator) -> n samples, x of the table's type; see above
 
     def __len__(self) -> int:
         return len(self.x if self.index is None else self.index)
@@ -89,7 +94,7 @@ class Dataset(Protocol):
         """Make whatever `rows` needs; nothing to do when it is there. Interrupted work goes on where it stopped."""
 
     def rows(self, split: str) -> Rows:
-        """The split "train" or "held_out"."""
+        """The split "train", which may be endless, or "held_out", which is a table."""
 
     def fingerprint(self) -> str:
         """A digest that changes with the data."""

@@ -171,8 +171,23 @@ def check_dataset(dataset: Any) -> None:
                 assert rows.factors[:, column].max() < size, f"factor {name} goes beyond its {size} values"
         if rows.labels is not None and spec.classes:
             assert rows.labels.max() < spec.classes, f"labels go beyond the {spec.classes} classes"
+        check_draw(rows, spec)
     assert not seen[0] & seen[1], "an image is in both splits"
     assert dataset.fingerprint() == dataset.fingerprint() != "", "the fingerprint changes from call to call"
+
+
+def check_draw(rows: Any, spec: Spec) -> None:
+    """An endless split draws from its generator alone: the same samples from the same seed, of the table's shape and type."""
+    if rows.draw is None:
+        return
+    state = torch.random.get_rng_state()
+    first, again, other = (rows.draw(N, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert first.x.shape == (N, *rows.x.shape[1:]), f"draw gives {list(first.x.shape)}, a row is {list(rows.x.shape[1:])}"
+    assert first.x.dtype == rows.x.dtype, f"draw gives {first.x.dtype}, the table is {rows.x.dtype}"
+    assert torch.equal(first.x, again.x), "the same generator gave other samples"
+    assert not torch.equal(first.x, other.x), "another seed gave the same samples"
+    assert torch.equal(state, torch.random.get_rng_state()), "a global random function was called"
+    assert not spec.classes or first.labels is not None, "the spec has classes, and what is drawn has no labels"
 
 
 def check_rows(noise: Any, n: int) -> None:

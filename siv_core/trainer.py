@@ -138,8 +138,11 @@ class Trainer:
         plan, counters = active.plan, self.counters
         streams = Streams(self.built.recipe.train.seed, counters.step, self.device)
         share = self.parallel.share(plan.batch)
-        positions = self.order.take(counters.images_seen, plan.batch)[share]
-        batch = self.feed.take(positions, active.shape, self.memory_format)
+        if self.feed.endless:
+            batch = self.feed.draw(plan.batch, share, streams, active.shape, self.memory_format)
+        else:
+            positions = self.order.take(counters.images_seen, plan.batch)[share]
+            batch = self.feed.take(positions, active.shape, self.memory_format)
         if active.fading:
             batch = batch._replace(x=blend(batch.x, active.fade))
         noise = active.objective.draw(plan.batch, streams, active.sources)

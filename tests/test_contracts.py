@@ -18,7 +18,7 @@ from siv_core import Gaussian, UserError, kl_standard, objectives, testing
 from siv_core import catalogue as catalogues
 from siv_core.component import Component, option
 from siv_core.losses import sampled_kl
-from siv_core.protocols import Networks, Objective, Phase, Rows, Shadow, Spec
+from siv_core.protocols import Batch, Networks, Objective, Phase, Rows, Shadow, Spec
 from siv_core.seeding import normal
 from siv_core.testing import IMAGES, check_component, check_dataset, check_network, check_objective, check_prior
 
@@ -511,6 +511,40 @@ def test_the_kit_takes_a_sound_data_set():
 def test_the_kit_fails_on_a_wrong_data_set(dataset, words):
     with pytest.raises(AssertionError, match=words):
         check_dataset(dataset)
+
+
+def endless(draw: Any) -> Any:
+    """The sound data set with an endless training split."""
+
+    def rows(self: Any, split: str) -> Rows:
+        found = Data.rows(self, split)
+        return evolve(found, draw=draw) if split == "train" else found
+
+    return data(rows=rows)
+
+
+def random_bytes(n: int, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 1, 4, 4), generator=generator, dtype=torch.uint8)
+
+
+def test_the_kit_takes_a_sound_endless_data_set():
+    check_dataset(endless(lambda n, generator: Batch(random_bytes(n, generator), torch.zeros(n, dtype=torch.int64))))
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda n, generator: Batch(random_bytes(n + 1, generator)), r"draw gives \[5, 1, 4, 4\]"),
+        (lambda n, generator: Batch(random_bytes(n, generator).float()), r"draw gives torch.float32, the table is torch.uint8"),
+        (lambda n, generator: Batch(random_bytes(n, None)), "the same generator gave other samples"),
+        (lambda n, generator: Batch(torch.zeros(n, 1, 4, 4, dtype=torch.uint8)), "another seed gave the same samples"),
+        (lambda n, generator: Batch(random_bytes(n, generator) + 0 * random_bytes(n, None)), "a global random function"),
+        (lambda n, generator: Batch(random_bytes(n, generator)), "what is drawn has no labels"),
+    ],
+)
+def test_the_kit_fails_on_a_wrong_draw(draw, words):
+    with pytest.raises(AssertionError, match=words):
+        check_dataset(endless(draw))
 
 
 # -- config ----------------------------------------------------------------------------------------------------------------------
