@@ -32,8 +32,8 @@ class Toy2DConfig:
 
 
 @frozen
-class Shape:
-    """One density and its geometry; points are [n, 2]."""
+class Law:
+    """One density and its geometry, for metrics such as density2d; points are [n, 2]."""
 
     half_range: float  # L: pictures and metrics look at [−L, L]²
     draw: Callable[[int, Generator], Tensor]  # independent samples on the generator's device
@@ -79,8 +79,8 @@ def distance_to_centres(x: Tensor, *, centres: Tensor) -> Tensor:
     return to_centres(x, centres).amin(dim=1)
 
 
-def gaussians(centres: Tensor, std: float, half_range: float, where: str) -> Shape:
-    return Shape(
+def gaussians(centres: Tensor, std: float, half_range: float, where: str) -> Law:
+    return Law(
         half_range=half_range,
         draw=partial(draw_gaussians, centres=centres, std=std),
         modes=len(centres),
@@ -188,10 +188,10 @@ def distance_to_rings(x: Tensor) -> Tensor:
     return to_rings(x).amin(dim=1)
 
 
-SHAPES = {
+LAWS = {
     "8gaussians": gaussians(EIGHT, 0.02 / 1.414, 2.0, "on a circle"),
     "25gaussians": gaussians(GRID, 0.05 * 2 / 2.828, 4.0, "on a grid"),
-    "spiral": Shape(
+    "spiral": Law(
         half_range=4.0,
         draw=draw_spiral,
         modes=2 * ARM_PIECES,
@@ -201,7 +201,7 @@ SHAPES = {
         entropy=2.64543,
         about="2 arms in 8 equally probable pieces each; on the support: within 3 std of where points lie before noise",
     ),
-    "checkerboard": Shape(
+    "checkerboard": Law(
         half_range=4.0,
         draw=draw_checkerboard,
         modes=8,
@@ -211,7 +211,7 @@ SHAPES = {
         entropy=math.log(32),
         about="8 filled squares of side 2; on the support: at most 0.1 outside of one",
     ),
-    "rings": Shape(
+    "rings": Law(
         half_range=4.0,
         draw=draw_rings,
         modes=len(RADII) * SECTORS,
@@ -228,11 +228,11 @@ SHAPES = {
 
 
 class Toy2D:
-    """An endless training split, and a held-out table; `shape` tells metrics what no sample can."""
+    """An endless training split, and a held-out table; `law` tells metrics what no sample can."""
 
     def __init__(self, config: Toy2DConfig) -> None:
-        self.config, self.shape = config, SHAPES[config.set]
-        half_range = self.shape.half_range
+        self.config, self.law = config, LAWS[config.set]
+        half_range = self.law.half_range
         self.spec = Spec(shape=(2,), kind="array", value_range=(-half_range, half_range))
 
     def missing(self) -> str | None:
@@ -246,7 +246,7 @@ class Toy2D:
         """What stands for the training split, then the held-out samples; each drawn under a seed that no training step has."""
         sizes = {"train": self.config.epoch_images, "held_out": self.config.held_out}
         seeds = {split: stream_seed(0, f"toy2d.{split}") for split in sizes}
-        parts = [self.shape.draw(n, torch.Generator().manual_seed(seeds[split])) for split, n in sizes.items()]
+        parts = [self.law.draw(n, torch.Generator().manual_seed(seeds[split])) for split, n in sizes.items()]
         return torch.cat(parts)
 
     def rows(self, split: str) -> Rows:
@@ -254,7 +254,7 @@ class Toy2D:
             raise UserError(f"data toy2d: no split '{split}'; there are train and held_out")
         train = torch.arange(self.config.epoch_images)
         if split == "train":
-            return Rows(self._table, index=train, draw=lambda n, generator: Batch(self.shape.draw(n, generator)))
+            return Rows(self._table, index=train, draw=lambda n, generator: Batch(self.law.draw(n, generator)))
         return Rows(self._table, index=len(train) + torch.arange(self.config.held_out))
 
     def fingerprint(self) -> str:
@@ -263,7 +263,7 @@ class Toy2D:
         return hashlib.sha256(told.encode()).hexdigest()
 
     def about(self) -> dict[str, Any]:
-        return {"set": self.config.set, "pieces": self.shape.about, "entropy_nats": self.shape.entropy}
+        return {"set": self.config.set, "pieces": self.law.about, "entropy_nats": self.law.entropy}
 
 
 @hookimpl

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from siv_core import latents
+from siv_core import latents, losses
 from siv_core.errors import UserError
 from siv_core.latents import Codes, Gaussian, Posterior
 from siv_core.players import Priors, make_nets, rows_of, slices, sources
@@ -87,6 +87,20 @@ class Model:
     def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """D of the posterior means of x."""
         return self.decode(latents.means(self.encode(x, labels)), labels)
+
+    def energy(self, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """What x costs at its posterior mean: ‖x − D(mu)‖², and the KL to the prior of all groups in nats; each [N], float64.
+
+        Their sum is −ELBO with betas of 1, as the density plots and the 2-D metrics of Soft-IntroVAE take it. `seed` matters only
+        to priors with a sampled KL.
+        """
+        q = self.encode(x)
+        rec = (x.to(self.device) - self.decode(latents.means(q))).double().square().flatten(1).sum(dim=1)
+        wide = {group: Gaussian(mu.double(), logvar.double()) for group, (mu, logvar) in q.items()}  # exp(logvar) has room
+        with self._quiet() as nets:
+            noise = self._sources().kl(len(x), Streams(seed, 0, self.device), "kl")
+            kl = losses.kl(wide, nets["prior"](nets["encoder"]), noise)
+        return rec, losses.total(kl)
 
     def interpolate(self, x: Tensor, y: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
         """Images [steps, N, …] on straight lines between the posterior means of x and y, ends included."""

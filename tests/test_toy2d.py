@@ -29,7 +29,7 @@ def dataset(catalogue, name, **options):
 @pytest.fixture(scope="module")
 def drawn(catalogue):
     """N samples of each set, in float64."""
-    return {name: dataset(catalogue, name).shape.draw(N, torch.Generator().manual_seed(3)).double().numpy() for name in SETS}
+    return {name: dataset(catalogue, name).law.draw(N, torch.Generator().manual_seed(3)).double().numpy() for name in SETS}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -127,7 +127,7 @@ def test_samples_are_independent_of_each_other(drawn, name):
 @pytest.mark.parametrize("n", [1, 2, 7])
 @pytest.mark.parametrize("name", SETS)
 def test_any_number_is_drawn(catalogue, name, n):
-    assert dataset(catalogue, name).shape.draw(n, torch.Generator().manual_seed(0)).shape == (n, 2)
+    assert dataset(catalogue, name).law.draw(n, torch.Generator().manual_seed(0)).shape == (n, 2)
 
 
 # -- the geometry ----------------------------------------------------------------------------------------------------------------
@@ -144,13 +144,13 @@ def test_any_number_is_drawn(catalogue, name, n):
     ],
 )
 def test_pieces_and_support(catalogue, drawn, name, modes, outside):
-    shape, x = dataset(catalogue, name).shape, torch.from_numpy(drawn[name]).float()
-    assert shape.modes == modes
-    shares = torch.bincount(shape.mode_of(x), minlength=modes) / N
+    law, x = dataset(catalogue, name).law, torch.from_numpy(drawn[name]).float()
+    assert law.modes == modes
+    shares = torch.bincount(law.mode_of(x), minlength=modes) / N
     assert len(shares) == modes
     tolerance = 0.15 if name == "spiral" else 5 / math.sqrt(N / modes)  # the spiral's pieces overlap at its heart
     assert torch.allclose(shares * modes, torch.ones(modes), atol=tolerance)
-    off = (shape.distance(x) > shape.tolerance).double().mean().item()
+    off = (law.distance(x) > law.tolerance).double().mean().item()
     if outside is None:
         assert 1e-5 < off < 0.0027  # most of its points have room on all sides
     else:
@@ -159,21 +159,21 @@ def test_pieces_and_support(catalogue, drawn, name, modes, outside):
 
 def test_distances_by_hand(catalogue):
     points = torch.tensor([[0.0, 0.0], [3.5, 3.5], [1.0, -1.0], [2.0, 0.5]])
-    assert dataset(catalogue, "rings").shape.distance(points).tolist() == pytest.approx(
+    assert dataset(catalogue, "rings").law.distance(points).tolist() == pytest.approx(
         [0.75, math.hypot(3.5, 3.5) - 3, 1.5 - math.sqrt(2), 2.25 - math.hypot(2, 0.5)], abs=1e-6
     )
-    assert dataset(catalogue, "checkerboard").shape.distance(points).tolist() == pytest.approx([0, 0, 1, 0], abs=1e-6)
-    far = dataset(catalogue, "8gaussians").shape.distance(points)
+    assert dataset(catalogue, "checkerboard").law.distance(points).tolist() == pytest.approx([0, 0, 1, 0], abs=1e-6)
+    far = dataset(catalogue, "8gaussians").law.distance(points)
     radius = 2 / 1.414
     by_hand = [radius, math.hypot(3.5, 3.5) - radius, radius - math.sqrt(2), math.hypot(2 - radius, 0.5)]
     assert far.tolist() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_distance_to_the_spiral_is_the_naive_one(catalogue):
-    shape, points = dataset(catalogue, "spiral").shape, torch.rand(50, 2, generator=torch.Generator().manual_seed(1)) * 8 - 4
+    law, points = dataset(catalogue, "spiral").law, torch.rand(50, 2, generator=torch.Generator().manual_seed(1)) * 8 - 4
     t = np.sqrt(np.linspace(0, 1, 4001)) * 3 * math.pi
     curve = np.stack([-t * np.cos(t), t * np.sin(t)], axis=1) / 3
-    for point, found in zip(points.double().numpy(), shape.distance(points).tolist(), strict=True):
+    for point, found in zip(points.double().numpy(), law.distance(points).tolist(), strict=True):
         nearest = min(
             np.linalg.norm(np.maximum(np.maximum(curve - p, p - curve - 0.5 / 3), 0), axis=1).min() for p in (point, -point)
         )
@@ -214,7 +214,7 @@ def spiral_entropy():
     ],
 )
 def test_entropies(catalogue, name, entropy):
-    assert dataset(catalogue, name).shape.entropy == pytest.approx(entropy, abs=3e-4)
+    assert dataset(catalogue, name).law.entropy == pytest.approx(entropy, abs=3e-4)
 
 
 # -- endless data in training ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,316 @@
+"""Metric `density2d`: how well a model knows a density in the plane (Daniel & Tamar 2021, section 6.1).
+
+`official.…` are the numbers of the published code, unit for unit, so that they compare with the paper's Table 2: sums over
+densities divided by the rows of a histogram, a reversed Jensen-Shannon divergence, a ratio of raw energies. `clean.…` are what
+these names promise: masses, nats, and enough samples. Beside each stands its `floor`: what a perfect sampler, or a perfect
+density, scores. A data set's `law`, where it has one as toy2d's, tells its entropy, its modes and its support.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from siv_core import latents
+from siv_core.component import Component, option
+from siv_core.errors import UserError
+from siv_core.feed import images
+from siv_core.hookspecs import hookimpl
+from siv_core.model import Model
+from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
+from siv_core.seeding import Streams, normal, stream_seed
+
+WHAT = "density2d"
+GRID = 1024  # points a side of the energy's grid
+SAMPLES, BINS, EPSILON = 5000, 100, 1e-14  # of the official histograms
+DATA_POINTS = 100 * 128  # of the official gnELBO
+PIECE_SAMPLES = 20_000  # that are asked which mode they belong to
+CHUNK = 1 << 15  # points between two signs of life
+SMOOTHING = 0.5  # counts added to every bin (Jeffreys' prior) before the clean KL
+
+Floats = NDArray[np.float64]
+Values = dict[str, float | str]
+
+
+@frozen
+class Density2DConfig:
+    beta_rec: float = option(1.0, doc="the objective's, for clean.elbo alone", gt=0)
+    beta_kl: float = option(1.0, doc="the objective's, for clean.elbo alone", gt=0)
+    redraws: int = option(10, doc="times that the official numbers are taken, each with fresh samples", ge=2)
+    clean_samples: int = option(200_000, doc="of data and of model, for the clean divergences", ge=1000)
+    clean_bins: int = option(50, doc="a side, for the clean divergences", ge=2)
+    seed: int = option(0, doc="of every draw; not the training's", ge=0)
+
+
+# -- official: as published ------------------------------------------------------------------------------------------------------
+
+
+def histogram(points: Tensor, half_range: float, bins: int) -> Floats:
+    """Counts [bins, bins] on [−L, L]²; points outside, or not finite, are in none."""
+    x, y = points.double().numpy().T
+    return np.histogram2d(x, y, bins=bins, range=[[-half_range, half_range]] * 2)[0]
+
+
+def density(points: Tensor, half_range: float, bins: int = BINS) -> Floats | None:
+    """Probability per unit area [bins, bins] of the points inside [−L, L]², as if there were no others; None without any."""
+    inside = histogram(points, half_range, bins)
+    return inside / inside.sum() / (2 * half_range / bins) ** 2 if inside.any() else None
+
+
+def official_kl(p: Floats, q: Floats) -> float:
+    """(1/rows) Σ p (ln p − ln(q + 1e-14)) over densities, 0 ln 0 = 0: PyTorch's kl_div with "batchmean"."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = np.where(p > 0, p * np.log(p), 0.0)
+    return float((own - p * np.log(q + EPSILON)).sum() / len(p))
+
+
+def official_jsd(p: Floats, q: Floats) -> float:
+    """½ [KL(M ‖ p) + KL(M ‖ q)] with M = (p + q)/2: reversed, and not bounded by ln 2."""
+    m = (p + q) / 2
+    return (official_kl(m, p) + official_kl(m, q)) / 2
+
+
+def gnelbo(grid: Tensor, points: Tensor) -> float | str:
+    """Mean energy of data points over the sum of all energies, in 1e-7. A constant energy gives 1e7/(grid + data points)."""
+    for energies, where in ((grid, "grid"), (points, "data")):
+        wrong = int((~energies.isfinite()).sum())
+        if wrong:
+            return f"the energy is not finite at {wrong} of {len(energies)} {where} points"
+    return float(points.mean() / (grid.sum() + points.sum())) * 1e7
+
+
+# -- clean -----------------------------------------------------------------------------------------------------------------------
+
+
+def counts(points: Tensor, half_range: float, bins: int) -> Floats:
+    """[bins² + 1]: how many points are in each bin of [−L, L]², and how many outside."""
+    inside = histogram(points, half_range, bins).ravel()
+    return np.append(inside, len(points) - inside.sum())
+
+
+def kl_nats(p: Floats, q: Floats) -> float:
+    """KL[p ‖ q] of masses; where p is 0 there is nothing to add."""
+    at = p > 0
+    return float((p[at] * np.log(p[at] / q[at])).sum())
+
+
+def smoothed(n: Floats) -> Floats:
+    return (n + SMOOTHING) / (n.sum() + SMOOTHING * len(n))
+
+
+def clean_kl(real: Floats, fake: Floats) -> float:
+    """KL(real ‖ fake) in nats, from counts."""
+    return kl_nats(smoothed(real), smoothed(fake))
+
+
+def clean_jsd(real: Floats, fake: Floats) -> float:
+    """In nats, at most ln 2, from counts, which need no smoothing."""
+    p, q = real / real.sum(), fake / fake.sum()
+    return (kl_nats(p, (p + q) / 2) + kl_nats(q, (p + q) / 2)) / 2
+
+
+def log_integral(grid: Tensor, half_range: float) -> float:
+    """ln ∫ exp(−energy) over [−L, L]², from energies [G, G] on a grid with both ends: the trapezoidal rule.
+
+    An energy that overflowed is a density of 0, as it should be; one that is not a number makes the result not a number.
+    """
+    sides = torch.ones(len(grid), dtype=grid.dtype)
+    sides[[0, -1]] = 0.5
+    weights = sides[:, None] * sides * (2 * half_range / (len(grid) - 1)) ** 2
+    return float(torch.logsumexp((weights.log() - grid).flatten(), dim=0))
+
+
+def grid_points(half_range: float, size: int) -> Tensor:
+    """[size², 2], both ends of [−L, L] included."""
+    side = torch.linspace(-half_range, half_range, size)
+    return torch.cartesian_prod(side, side)
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Sources:
+    """Points [n, 2] of the data and of the model, on the CPU: another `what` or `i` gives other points."""
+
+    draw: Callable[[int, torch.Generator], Any]
+    model: Model
+    seed: int
+
+    def real(self, n: int, what: str, i: int = 0) -> Tensor:
+        return self.draw(n, torch.Generator().manual_seed(stream_seed(self.seed, f"{WHAT}.real.{what}", i))).x
+
+    def fake(self, n: int, what: str, i: int = 0) -> Tensor:
+        return self.model.sample(n, stream_seed(self.seed, f"{WHAT}.fake.{what}", i)).cpu()
+
+
+@frozen
+class Density2D:
+    half_range: float
+    config: Density2DConfig
+
+    def needs(self) -> Iterable[str]:
+        return ()
+
+    def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
+        draw = data.rows("train").draw
+        if draw is None:
+            raise UserError(f"{WHAT}: needs a data set that draws its samples, such as toy2d; this one is a table")
+        sources, law = Sources(draw, model, self.config.seed), getattr(data, "law", None)
+        held_out = data.rows("held_out")
+        x = images(held_out, torch.arange(len(held_out)), model.spec)
+        grid = self.energies(model, grid_points(self.half_range, GRID), progress, "energy on the grid")
+        values = self.gnelbo(model, grid, sources, progress)
+        values.update(self.histograms(sources, progress))
+        values.update(self.likelihood(model, grid, x, law))
+        values.update(self.divergences(law, sources, progress))
+        return Measurement(values, self.protocol(len(x), law))
+
+    def energies(self, model: Model, points: Tensor, progress: Progress, what: str) -> Tensor:
+        """KL + ‖x − D(mu)‖² of points [n, 2]: [n], float64 on the CPU."""
+        parts = []
+        for i, chunk in enumerate(points.split(CHUNK)):
+            progress(f"{WHAT}: {what}", i * CHUNK, len(points))
+            rec, kl = model.energy(chunk)
+            parts.append((rec + kl).cpu())
+        return torch.cat(parts)
+
+    def gnelbo(self, model: Model, grid: Tensor, sources: Sources, progress: Progress) -> Values:
+        n = self.config.redraws
+        points = torch.cat([sources.real(DATA_POINTS, "gnelbo", i) for i in range(n)])
+        taken = [gnelbo(grid, energies) for energies in self.energies(model, points, progress, "energy of data").chunk(n)]
+        chance = 1e7 / (len(grid) + DATA_POINTS)
+        return {**mean_and_sd("official.gnelbo", taken), "official.gnelbo.constant_energy": chance}
+
+    def histograms(self, sources: Sources, progress: Progress) -> Values:
+        """KL and JSD as published, each of fresh samples; their floors are of the data against the data."""
+        values: Values = {}
+        for name, divergence in (("kl", official_kl), ("jsd", official_jsd)):
+            taken: list[float | str] = []
+            floors: list[float | str] = []
+            for i in range(self.config.redraws):
+                progress(f"{WHAT}: official {name}", i, self.config.redraws)
+                p = density(sources.real(SAMPLES, f"{name}.data", i), self.half_range)
+                for kept, points in (
+                    (taken, sources.fake(SAMPLES, name, i)),
+                    (floors, sources.real(SAMPLES, f"{name}.floor", i)),
+                ):
+                    q = density(points, self.half_range)
+                    if p is None or q is None:
+                        kept.append(f"none of {SAMPLES} samples lies inside the range")
+                    else:
+                        kept.append(divergence(p, q))
+            values.update(mean_and_sd(f"official.{name}", taken))
+            values.update(mean_and_sd(f"official.{name}.floor", floors))
+        return values
+
+    def likelihood(self, model: Model, grid: Tensor, x: Tensor, law: Any) -> Values:
+        """Of held-out samples x, in nats: the normalised energy, and the objective's ELBO with its decoder's variance."""
+        rec, kl = (part.cpu() for part in model.energy(x))
+        nll = float((rec + kl).mean()) + log_integral(grid.unflatten(0, (GRID, GRID)), self.half_range)
+        z = latents.sample(model.encode(x), self.posterior_noise(model, len(x)))
+        sampled_rec = (x - model.decode(z).cpu()).double().square().sum(dim=1)
+        ratio = self.config.beta_rec / self.config.beta_kl  # a Gaussian decoder of variance beta_kl / (2 beta_rec)
+        elbo = float((-ratio * sampled_rec - kl).mean()) + math.log(ratio / math.pi)
+        entropy = "the data set does not tell its entropy" if law is None else law.entropy
+        return {
+            "clean.nll": finite(nll, "a held-out energy, or the integral over the grid, is not finite"),
+            "clean.nll.floor": entropy,
+            "clean.elbo": finite(elbo, "the ELBO of a held-out sample is not finite"),
+            "clean.elbo.floor": entropy if isinstance(entropy, str) else -entropy,
+        }
+
+    def posterior_noise(self, model: Model, n: int) -> dict[str, Tensor]:
+        generator = Streams(self.config.seed, 0)(f"{WHAT}.posterior")
+        return {group: normal(n, dim, generator).to(model.device) for group, dim in model.groups.items()}
+
+    def divergences(self, law: Any, sources: Sources, progress: Progress) -> Values:
+        """KL, JSD and mode coverage of many samples, and the same of the data against the data."""
+        n, drawn = self.config.clean_samples, []
+        for i, source in enumerate((sources.real, sources.real, sources.fake)):
+            progress(f"{WHAT}: clean histograms", i, 3)
+            drawn.append(source(n, "clean", i))
+        binned = [counts(points, self.half_range, self.config.clean_bins) for points in drawn]
+        values: Values = {}
+        for suffix, other in ((".floor", binned[1]), ("", binned[2])):
+            values[f"clean.kl{suffix}"] = clean_kl(binned[0], other)
+            values[f"clean.jsd{suffix}"] = clean_jsd(binned[0], other)
+            values[f"clean.outside{suffix}"] = float(other[-1] / other.sum())
+        if law is None:
+            return {**values, "clean.modes": "the data set does not tell its modes and its support"}
+        due = piece_counts(law, drawn[0][:PIECE_SAMPLES])[0]
+        for suffix, points in ((".floor", drawn[1]), ("", drawn[2])):
+            found, off = piece_counts(law, points[:PIECE_SAMPLES])
+            values[f"clean.modes{suffix}"] = float((found >= due / 10).mean())
+            values[f"clean.mode_kl{suffix}"] = (
+                kl_nats(found / found.sum(), due / due.sum()) if found.sum() else "no sample is on the support"
+            )
+            values[f"clean.off_support{suffix}"] = off
+        return values
+
+    def protocol(self, held_out: int, law: Any) -> dict[str, Any]:
+        config = self.config
+        return {
+            "energy": "KL + |x - D(mu)|^2 with the posterior mean, betas of 1, float64",
+            "range": f"[-{self.half_range:g}, {self.half_range:g}]^2",
+            "seed": config.seed,
+            "sd": f"over {config.redraws} re-draws of all samples: the noise of the metric, not of training",
+            "floor": "data against other data, the same calculation; of nll the data's entropy, of elbo minus that",
+            "official.gnelbo": f"1e7 * mean energy of {DATA_POINTS} data points / (sum over {GRID} x {GRID} grid + over data);"
+            " the paper's unit. No normalised density: a constant energy gives official.gnelbo.constant_energy",
+            "official.kl": f"KL(data | model), {SAMPLES} + {SAMPLES} samples, {BINS} x {BINS} bins, densities per unit area,"
+            f" q + {EPSILON:g}, samples outside left out, sum / {BINS}; the paper's unit",
+            "official.jsd": "as official.kl: (KL(M | data) + KL(M | model)) / 2 with M their mean; reversed; the paper's unit",
+            "clean.nll": f"nats; energy normalised over the {GRID} x {GRID} grid (trapezoidal rule), {held_out} held-out samples",
+            "clean.elbo": f"nats; E_q log N(x; D(z), beta_kl / (2 beta_rec)) - KL, one z a sample, {held_out} held-out samples",
+            "beta_rec": config.beta_rec,
+            "beta_kl": config.beta_kl,
+            "clean.kl": f"nats; KL(data | model) of masses, {config.clean_samples} samples each, {config.clean_bins} x"
+            f" {config.clean_bins} bins and one for all outside, {SMOOTHING:g} added to each count",
+            "clean.jsd": "nats, at most ln 2; the same bins, nothing added",
+            "clean.outside": "share of the samples outside the range",
+            "clean.modes": f"share of the modes with at least a tenth of the data's samples on it, {PIECE_SAMPLES} of each",
+            "clean.mode_kl": "nats; KL(model | data) of the modes' shares of the samples on the support",
+            "clean.off_support": "share of the samples that are not on the support",
+            "modes": law.about if law else None,
+        }
+
+
+def finite(value: float, reason: str) -> float | str:
+    return value if math.isfinite(value) else reason
+
+
+def mean_and_sd(name: str, taken: Sequence[float | str]) -> Values:
+    """Two values, or the first reason why one could not be taken."""
+    reasons = [value for value in taken if isinstance(value, str)]
+    if reasons:
+        return {name: reasons[0], f"{name}.sd": reasons[0]}
+    numbers = np.array(taken, dtype=np.float64)
+    return {name: float(numbers.mean()), f"{name}.sd": float(numbers.std(ddof=1))}
+
+
+def piece_counts(law: Any, points: Tensor) -> tuple[Floats, float]:
+    """Samples on the support in each of the data's modes, and the share that is off it (what is not finite is off)."""
+    on = law.distance(points) <= law.tolerance
+    found = torch.bincount(law.mode_of(points[on]), minlength=law.modes)
+    return found.double().numpy(), float((~on).double().mean())
+
+
+def build(config: Density2DConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:
+    low, high = spec.value_range
+    if spec.shape != (2,) or low != -high:
+        raise UserError(f"metric {WHAT}: needs points of two dimensions in [-L, L], such as toy2d; this is {list(spec.shape)}")
+    return Density2D(high, config)
+
+
+@hookimpl
+def siv_components() -> list[Component]:
+    summary = "gnELBO, KL and JSD as published and in nats, likelihood, mode coverage: for densities in the plane"
+    return [Component("metric", "density2d", Density2DConfig, build, summary, "arXiv:2012.13253")]
