@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from siv_plugins import density2d
+from siv_plugins.density2d import clean_jsd, clean_kl, counts, density, gnelbo, log_integral, official_jsd, official_kl
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,8 +19,6 @@ from siv_core.model import Model
 from siv_core.players import Priors
 from siv_core.protocols import Batch, Rows, Spec
 from siv_core.testing import build_seeded
-from siv_plugins import density2d
-from siv_plugins.density2d import clean_jsd, clean_kl, counts, density, gnelbo, log_integral, official_jsd, official_kl
 
 QUICK = {"clean_samples": 4000, "redraws": 3}
 
@@ -56,7 +56,8 @@ def test_official_kl_term_by_term():
 
 
 def test_samples_outside_are_left_out():
-    x = torch.cat([normals(100, 0, std=0.1), torch.full((50, 2), 7.0), torch.full((9, 2), math.nan), torch.full((1, 2), math.inf)])
+    stray = [torch.full((5, 2), value) for value in (7.0, math.nan, math.inf)]
+    x = torch.cat([normals(100, 0, std=0.1), *stray])
     assert np.allclose(density(x, 2), density(x[:100], 2))
     assert density(x[100:], 2) is None
 
@@ -159,7 +160,7 @@ def test_the_integral_of_a_gaussian_is_one():
     assert math.isnan(log_integral(energy, 4.0))
 
 
-# -- the whole metric, on models whose energy is known -----------------------------------------------------------------------------
+# -- the whole metric, on models whose energy is known ---------------------------------------------------------------------------
 
 
 class Encode(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import toys
 from scipy.special import i0e, ndtr
 from scipy.stats import kstest
 
-from siv_core import evaluate, feed, session
+from siv_core import build, evaluate, feed, session
+from siv_core import recipe as recipes
 from siv_core.parallel import Parallel
 from siv_core.protocols import Batch, Rows, Spec
+from siv_core.record import ends_of
 from siv_core.seeding import Streams
 from siv_core.testing import check_dataset
 
@@ -300,3 +303,36 @@ def test_held_out_samples_are_a_table(catalogue):
     data = dataset(catalogue, "rings", held_out=50)
     positions = evaluate.some(data, "held_out", 8, 0)
     assert feed.images(data.rows("held_out"), positions, data.spec).shape == (8, 2)
+
+
+# -- the shipped recipes ---------------------------------------------------------------------------------------------------------
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+TABLE_5 = {  # of the paper: beta_rec, beta_kl, beta_neg
+    "8gaussians": (0.2, 0.3, 0.9),
+    "spiral": (0.2, 0.5, 1.0),
+    "checkerboard": (0.2, 0.1, 0.2),
+    "rings": (0.2, 0.2, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_5)
+def test_recipes_have_the_values_of_table_5_and_the_published_schedule(catalogue, name):
+    read = recipes.load(RECIPES / f"toy2d_{name}.toml", catalogue)
+    data = build.dataset(read, catalogue)
+    built = build.build(read, catalogue, data)
+    assert read.data.config.set == name
+    assert ends_of(built) == [2000, 10_000, 15_000, 30_000]
+    assert [plan.objective.name for plan in read.stages] == ["vae", *["soft_intro_vae"] * 3]
+    assert [plan.optim[""].lr for plan in read.stages] == [2e-4, 2e-4, 2e-5, 2e-6]
+    assert {plan.batch for plan in read.stages} == {512}
+    assert not any(plan.reset_optimisers for plan in read.stages)
+    beta_rec, beta_kl, beta_neg = TABLE_5[name]
+    for plan in read.stages:
+        coeffs = built.objective(plan).coeffs
+        assert (coeffs["beta_rec"], coeffs["beta_kl"], coeffs["scale"]) == (beta_rec, {"z": beta_kl}, 0.5)
+    assert (coeffs["beta_neg"], coeffs["gamma_r"], coeffs["alpha"], coeffs["gamma"]) == ({"z": beta_neg}, 1e-8, 2.0, 1.0)
+    config = read.metrics["density2d"].config
+    assert (config.beta_rec, config.beta_kl) == (beta_rec, beta_kl)
+    assert build.size_of(built.networks.encoder) == 199_172
+    assert build.size_of(built.networks.decoder) == 198_658  # the published decoder has an unused scalar beside
