@@ -18,7 +18,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siv_core import latents
+from siv_core import latents, plane
 from siv_core.component import Component, option
 from siv_core.errors import UserError
 from siv_core.feed import images
@@ -127,12 +127,6 @@ def log_integral(grid: Tensor, half_range: float) -> float:
     return float(torch.logsumexp((weights.log() - grid).flatten(), dim=0))
 
 
-def grid_points(half_range: float, size: int) -> Tensor:
-    """[size², 2], both ends of [−L, L] included."""
-    side = torch.linspace(-half_range, half_range, size)
-    return torch.cartesian_prod(side, side)
-
-
 # -- the metric ------------------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +160,7 @@ class Density2D:
         sources, law = Sources(draw, model, self.config.seed), getattr(data, "law", None)
         held_out = data.rows("held_out")
         x = images(held_out, torch.arange(len(held_out)), model.spec)
-        grid = self.energies(model, grid_points(self.half_range, GRID), progress, "energy on the grid")
+        grid = self.energies(model, plane.grid((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
         values = self.gnelbo(model, grid, sources, progress)
         values.update(self.histograms(sources, progress))
         values.update(self.likelihood(model, grid, x, law))

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from siv_core import evaluate, files, pictures
+from siv_core import evaluate, files, pictures, plane
 from siv_core.errors import UserError, near_miss
 from siv_core.model import Model
 from siv_core.protocols import Dataset
@@ -17,9 +17,16 @@ from siv_core.protocols import Dataset
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def sample(model: Model, folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """`count` images of the prior."""
+def sample(model: Model, folder: Path, count: int, seed: int, data: Dataset | None = None) -> dict[str, Any]:
+    """`count` images of the prior; points of the plane are drawn over `data`, where it is at hand, beside their density."""
     x = model.sample(count, seed)
+    if plane.is_plane(model.spec):
+        lacking = data.missing() if data else None
+        notes = [f"samples without the data, which is not at hand: {lacking}"] if lacking else []
+        if data and not lacking:
+            data.prepare(lambda what, done, total: None)
+        below = None if lacking else data
+        return _write(folder, "samples", model, {"samples": x}, lambda: evaluate.in_plane({"": model}, below, seed, count), notes)
     columns = max(1, round(count**0.5))
     return _write(folder, "samples", model, {"samples": x}, lambda: _grid(model, x, columns), [])
 
@@ -31,9 +38,10 @@ def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path]
         x, notes = evaluate.own_images(expand(paths), model)
     else:
         x, labels = evaluate.held_out(data, model, 4 * evaluate.SHOWN, seed)
-        notes = ["held-out images of the run's data"]
+        notes = [f"held-out {'images' if model.spec.kind == 'image' else 'samples'} of the run's data"]
     arrays = {"x": x, "y": model.reconstruct(x, labels)}
-    return _write(folder, "reconstructions", model, arrays, lambda: evaluate.reconstructions(model, x, labels), notes)
+    draw = (lambda: evaluate.reconstructions(model, x, labels)) if model.spec.kind == "image" else None
+    return _write(folder, "reconstructions", model, arrays, draw, notes)
 
 
 def taken(take: Sequence[str], model: Model) -> dict[str, list[Path]]:
@@ -97,7 +105,7 @@ def _write(folder: Path, name: str, model: Model, arrays: Mapping[str, Tensor], 
         stem = f"{name}-{number}"
     written = [folder / f"{stem}.safetensors"]
     files.write_bytes(written[0], save({key: value.detach().cpu().contiguous() for key, value in arrays.items()}))
-    if model.spec.kind == "image":
+    if draw and evaluate.drawable(model.spec):
         written.append(folder / f"{stem}.png")
         pictures.save_png(written[1], draw())
     return {"files": [str(path) for path in written], "notes": notes, "model": model.name}

@@ -258,8 +258,8 @@ def sample(run: Path, checkpoint: str, weights: str, device: str, count: int, se
     watcher = screen(as_json, at_once=True)
     from siv_core import apply, session
 
-    _, model, found, _ = session.open_run(run, checkpoint, weights, device)
-    told(watcher, apply.sample(model, out or found.path / "outputs", count, seed), as_json)
+    built, model, found, _ = session.open_run(run, checkpoint, weights, device)
+    told(watcher, apply.sample(model, out or found.path / "outputs", count, seed, built.dataset), as_json)
 
 
 @cli.command()

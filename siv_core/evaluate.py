@@ -12,16 +12,18 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siv_core import feed, pictures
+from siv_core import feed, pictures, plane
 from siv_core.errors import UserError
 from siv_core.model import Model
-from siv_core.protocols import Dataset, Measurement, Metric, Progress
+from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import Streams
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SHOWN = 8  # images a row of a picture
+POINTS = 5000  # data and samples in a picture of the plane
+PLANE_GRID = 300  # points a side of its density
 
 
 def measure(
@@ -66,8 +68,28 @@ def reconstructions(model: Model, x: Tensor, labels: Tensor | None = None) -> pi
     return pictures.grid(np.stack(rows, axis=1).reshape(-1, *above.shape[1:]), columns)
 
 
+def drawable(spec: Spec) -> bool:
+    """Whether there is a picture of such data: images, and points of the plane."""
+    return spec.kind == "image" or plane.is_plane(spec)
+
+
+def in_plane(models: Mapping[str, Model], data: Dataset | None, seed: int, count: int = POINTS) -> pictures.Picture:
+    """Samples over held-out data, and the density exp(ELBO), of one model or of several {title: model} side by side."""
+    spec = next(iter(models.values())).spec
+    points = plane.grid(spec.value_range, PLANE_GRID)
+    panels = []
+    for title, model in models.items():
+        rec, kl = model.energy(points)
+        energy = (rec + kl).cpu().unflatten(0, (PLANE_GRID, PLANE_GRID))
+        real = held_out(data, model, POINTS, seed)[0] if data else None
+        panels.append(plane.Panel(model.sample(count, seed).cpu(), energy, real, title))
+    return plane.draw(panels, spec.value_range)
+
+
 def preview(model: Model, data: Dataset, seed: int = 0) -> pictures.Picture:
-    """Held-out images, their reconstructions, and samples below."""
+    """Held-out images, their reconstructions, and samples below; of points, samples over data and the density."""
+    if plane.is_plane(model.spec):
+        return in_plane({"": model}, data, seed)
     shown = [reconstructions(model, *held_out(data, model, SHOWN, seed))]
     shown.append(pictures.grid(pictures.to_uint8(model.sample(2 * SHOWN, seed), model.spec.value_range), SHOWN))
     width = max(picture.shape[1] for picture in shown)
@@ -129,6 +151,8 @@ def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
     """A user's pictures fitted to the model, [N, *spec.shape], and a line for each that had to be changed."""
     from PIL import Image, UnidentifiedImageError
 
+    if model.spec.kind != "image":
+        raise UserError(f"this model is of arrays {list(model.spec.shape)}: pictures cannot be put into it; leave the files out")
     fitted, notes, problems = [], [], []
     for path in paths:
         try:
@@ -173,9 +197,12 @@ def fit(picture: Image.Image, channels: int, height: int, width: int) -> tuple[N
 
 
 def final_pictures(model: Model, data: Dataset, folder: Path, seed: int) -> list[Path]:
-    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png."""
-    if model.spec.kind != "image":
+    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png; of points samples.png."""
+    if not drawable(model.spec):
         return []
+    if plane.is_plane(model.spec):
+        pictures.save_png(folder / "samples.png", in_plane({"": model}, data, seed))
+        return [folder / "samples.png"]
     value_range = model.spec.value_range
     made = {
         "samples": pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN),

@@ -179,7 +179,7 @@ def _train_and_measure(
     model = built.model(device)
 
     def preview(name: str) -> None:
-        if processes.main and built.spec.kind == "image":
+        if processes.main and evaluate.drawable(built.spec):
             pictures.save_png(found.images / f"{name}.png", evaluate.preview(model, built.dataset, read.train.seed))
             watcher.wrote(found.images / f"{name}.png")
 

@@ -289,7 +289,8 @@ checkpoint = "4 steps"
 """
 
 
-def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "PLANE_GRID", 20)
     (tmp_path / "toy.toml").write_text(RECIPE)
     session.run(tmp_path / "toy.toml", run_dir=tmp_path / "whole", device="cpu")
     session.run(tmp_path / "toy.toml", run_dir=tmp_path / "cut", device="cpu", sets=["train.length=5 steps"])
