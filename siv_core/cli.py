@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from siv_core.cli_common import PATH, json_option, options, print_json, screen
+from siv_core.cli_common import PATH, device_option, json_option, options, print_json, screen, seconds, set_option
 from siv_core.cli_data import data
 from siv_core.cli_recipes import recipes
+from siv_core.cli_sweep import sweep
 from siv_core.errors import SivError, UserError
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ override_options = (
     click.option(
         "--profile", "profiles", multiple=True, help="Apply a profile of the recipe; `none` turns the automatic one off."
     ),
-    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value, such as train.batch=8."),
+    set_option,
 )
-device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 model_options = options(
     click.argument("run", type=PATH),
     click.option("--checkpoint", default="last", show_default=True, metavar="STEP|last", help="Which checkpoint."),
@@ -66,17 +65,6 @@ out_options = options(
 )
 
 
-def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """90s, 8m, 2h or 1h30m as seconds."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
-    if not match or not any(match.groups()):
-        raise click.BadParameter("expected a time such as 8m, 90s or 1h30m")
-    hours, minutes, rest = (int(part or 0) for part in match.groups())
-    return 3600.0 * hours + 60 * minutes + rest
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="siv")
 def cli() -> None:
@@ -85,6 +73,7 @@ def cli() -> None:
 
 cli.add_command(data)
 cli.add_command(recipes)
+cli.add_command(sweep)
 
 
 @cli.command()

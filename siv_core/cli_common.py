@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,3 +51,16 @@ def options(*added: Command) -> Command:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on standard output, progress on standard error."
 )
+set_option = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value, such as train.batch=8.")
+device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+
+
+def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """90s, 8m, 2h or 1h30m as seconds."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    if not match or not any(match.groups()):
+        raise click.BadParameter("expected a time such as 8m, 90s or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60 * minutes + rest

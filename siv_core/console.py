@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ class Screen:
             self.console.width = 200  # a file has no width to keep to
         self.signum = 0
         self.at_once = False
+        self.at_end: Callable[[], None] = lambda: None  # called where a signal ends the process at once
+        self.line_seconds = LINE_SECONDS
         self.live: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.last_line: dict[str, float] = {}
@@ -45,19 +47,31 @@ class Screen:
     # -- signals -----------------------------------------------------------------------------------------------------------------
 
     def listen(self, *, at_once: bool = False) -> None:
-        """The first SIGINT or SIGTERM asks for an end after a checkpoint, the second one ends at once; or already the first.
+        """The first SIGINT, SIGTERM or SIGHUP asks for an end after a checkpoint, the second ends at once; or already the first.
 
         Ending at once is not left to Python's KeyboardInterrupt, which imports of torch and numpy may swallow.
         """
         self.at_once = at_once
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._signalled)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` asks to outlast the terminal
+                signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         if self.signum or self.at_once:
             self._show_cursor()
+            self.at_end()
             os._exit(128 + number)
         self.signum = number
+
+    def _leave_terminal(self) -> None:
+        """What is still told has nowhere to go: writing to a terminal that was closed is an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if os.isatty(descriptor):
+                os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
     def asked_to_stop(self) -> int:
         return self.signum
@@ -83,13 +97,22 @@ class Screen:
             return
         now = time.monotonic()
         self.started.setdefault(what, (now, done))
-        if now - self.last_line.setdefault(what, now) >= LINE_SECONDS or (done >= total and done > self.started[what][1]):
+        if now - self.last_line.setdefault(what, now) >= self.line_seconds or (done >= total and done > self.started[what][1]):
             self.last_line[what] = now
             begun, before = self.started[what]
-            left = (now - begun) / max(done - before, 1) * (total - done)
-            self.say(f"{what}: {done:,} of {total:,}, {_time(left)} left")
+            left = f", {_time((now - begun) / (done - before) * (total - done))} left" if done > before else ""
+            self.say(f"{what}: {done:,} of {total:,}{left}")
         if done >= total:
             self.started.pop(what), self.last_line.pop(what, None)
+
+    def beside(self, what: str, done: int, total: int) -> None:
+        """A bar beside others on a terminal, and nothing elsewhere; `over` takes it away."""
+        if self.console.is_terminal:
+            self._bar(what, done, total)
+
+    def over(self, what: str) -> None:
+        if what in self.tasks:
+            self._end_bar(what)
 
     # -- training ----------------------------------------------------------------------------------------------------------------
 
@@ -120,7 +143,7 @@ class Screen:
         speed = images_seen / step * (step - before) / seconds
         self.shown = f"{images_seen:,} images  {speed:.0f}/s  {numbers}"
         now = time.monotonic()
-        due = now - self.last_line.get("training", 0.0) >= LINE_SECONDS or step == steps
+        due = now - self.last_line.get("training", 0.0) >= self.line_seconds or step == steps
         if not self.console.is_terminal and due:
             self.last_line["training"] = now
             left = seconds / max(step - before, 1) * (steps - step)
