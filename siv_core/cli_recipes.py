@@ -1,7 +1,9 @@
-"""`siv recipes`: those that come with siv, also from a wheel."""
+"""`siv recipes`: those that come with siv, also from a wheel; the sweeps over them are called `sweeps/NAME`."""
 
 from __future__ import annotations
 
+import os
+import re
 from importlib.resources import files as resources
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from siv_core.errors import UserError, near_miss
 
 def shipped() -> dict[str, str]:
     """{name: text}, as the package `siv_recipes` has them."""
-    found = resources("siv_recipes").iterdir()
-    texts = {entry.name.removesuffix(".toml"): entry.read_text("utf-8") for entry in found if entry.name.endswith(".toml")}
-    return dict(sorted(texts.items()))
+    package, texts = resources("siv_recipes"), {}
+    for prefix, folder in (("", package), ("sweeps/", package / "sweeps")):
+        found = {entry.name: entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
+        texts.update({f"{prefix}{name.removesuffix('.toml')}": found[name].read_text("utf-8") for name in sorted(found)})
+    return texts
 
 
 def text_of(name: str) -> str:
@@ -27,7 +31,7 @@ def text_of(name: str) -> str:
 
 @click.group()
 def recipes() -> None:
-    """The recipes that come with siv: list, show, copy."""
+    """The recipes and sweeps that come with siv: list, show, copy."""
 
 
 @recipes.command("ls")
@@ -53,7 +57,10 @@ def recipes_show(name: str) -> None:
 @click.argument("name")
 @click.argument("destination", type=PATH, required=False)
 def recipes_copy(name: str, destination: Path | None) -> None:
-    """Copy the recipe NAME to DESTINATION (default: NAME.toml here), to edit it; nothing is overwritten."""
+    """Copy the recipe NAME to DESTINATION (default: NAME.toml here), to edit it; nothing is overwritten.
+
+    A sweep finds its recipes by their paths from its own file: with `siv recipes copy sweeps/NAME`, copy these here too.
+    """
     from siv_core import files
 
     text = text_of(name)
@@ -61,5 +68,10 @@ def recipes_copy(name: str, destination: Path | None) -> None:
     path = path / f"{name}.toml" if path.is_dir() else path
     if path.exists():
         raise UserError(f"{path}: is there already; give another destination")
+    files.make_folder(path.parent)
     files.write_bytes(path, text.encode())
     click.echo(f"wrote {path}")
+    for recipe in dict.fromkeys(re.findall(r'^recipe = "(.+)"', text, re.M)):
+        varied = Path(os.path.normpath(path.parent / recipe))
+        if not varied.exists():
+            click.echo(f"it varies {varied}: `siv recipes copy {varied.stem} {varied}` brings that")

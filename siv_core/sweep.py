@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,10 +65,11 @@ class SweepOptions:
     profiles: tuple[str, ...] = option((), doc="as --profile")
     sets: tuple[str, ...] = option((), doc='as --set: "KEY=VALUE"')
     seeds: tuple[int, ...] = option((), doc="values of train.seed; none: the recipe's")
-    grid: dict[str, Any] = option({}, doc="dotted keys and lists of their values")
-    trials: tuple[dict[str, Any], ...] = option((), doc="override tables, each with a label")
-    table: dict[str, Any] = option({}, doc="which values are shown, and what makes a row")
-    pictures: tuple[dict[str, Any], ...] = option((), doc="what is drawn at the end")
+    # these are checked one by one
+    grid: dict[str, Any] = field(factory=dict)  # dotted keys and lists of their values
+    trials: list[dict[str, Any]] = field(factory=list)  # override tables, each with a label
+    table: dict[str, Any] = field(factory=dict)
+    pictures: list[dict[str, Any]] = field(factory=list)
 
 
 @frozen
@@ -153,13 +155,26 @@ def _read(tree: dict[str, Any], path: Path, source: bytes, sets: tuple[str, ...]
 
 def _options(tree: dict[str, Any], problems: list[str]) -> SweepOptions:
     """What the file says; where a key of it is wrong, the others go on with the defaults, so that all is told at once."""
-    free = {"grid": ({}, dict), "trials": ([], list), "table": ({}, dict), "pictures": ([], list)}  # checked by themselves
-    whole = {key: value for key, value in tree.items() if key in free and isinstance(value, free[key][1])}
-    whole = {key: value for key, value in whole.items() if isinstance(value, dict) or all(isinstance(one, dict) for one in value)}
+    tables: dict[str, Any] = {}
+    for key, words in (
+        ("grid", "a table"),
+        ("table", "a table"),
+        ("trials", "a list of tables"),
+        ("pictures", "a list of tables"),
+    ):
+        value = tree.get(key, {} if words == "a table" else [])
+        fits = isinstance(value, dict) if words == "a table" else isinstance(value, list)
+        fits = fits and (isinstance(value, dict) or all(isinstance(one, dict) for one in value))
+        if fits:
+            tables[key] = value
+        else:
+            problems.append(f"{key}: expected {words}, got {value!r}")
     found: list[str] = []
-    options = structure(SweepOptions, {**tree, **{key: free[key][0] for key in whole}}, "", found)
+    known = {key: value for key, value in tree.items() if key not in ("grid", "table", "trials", "pictures")}
+    options = structure(SweepOptions, known, "", found)
     problems += [line.removeprefix(".") for line in found]
-    return evolve(options or SweepOptions(format=FORMAT), **whole)
+    stand_in = SweepOptions(format=FORMAT, recipe=str(tree.get("recipe", "")), seeds=(0,) if "seeds" in tree else ())
+    return evolve(options or stand_in, **tables)
 
 
 def _picture_problems(picture: PictureOptions, where: str, earlier: Sequence[PictureOptions | None]) -> list[str]:
@@ -182,7 +197,7 @@ def _picture_problems(picture: PictureOptions, where: str, earlier: Sequence[Pic
 def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: list[str]) -> list[Trial]:
     """The product of trials, grid and seeds; what is wrong goes to `problems`."""
     grid = _grid(options.grid, "grid", problems)
-    if not (options.trials or options.grid or options.seeds):
+    if not (problems or options.trials or options.grid or options.seeds):
         problems.append("nothing varies: give seeds, a [grid] or [[trials]]")
     if len(set(options.seeds)) < len(options.seeds):
         problems.append("seeds: one is there twice")
@@ -198,7 +213,8 @@ def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: 
     folders: dict[str, Trial] = {}
     for trial in made:
         other = folders.setdefault(trial.name.casefold(), trial)  # some file systems do not tell letters' case
-        if other is not trial and labels.count(trial.label) < 2:
+        same = (other.label, other.varied) == (trial.label, trial.varied)  # then its label or its seed is there twice
+        if not same and labels.count(trial.label) < 2:
             problems.append(f"trials '{other.title()}' and '{trial.title()}' would share the folder {trial.name}: rename one")
     return made
 
@@ -248,7 +264,7 @@ def _of_table(
             yield Trial(
                 name=folder_name("_".join(filter(None, parts))),
                 label=label,
-                recipe=path.parent / source,
+                recipe=Path(os.path.normpath(path.parent / source)),
                 profiles=tuple(profiles),
                 sets=(*settings, *more, *sets),
                 varied=varied,

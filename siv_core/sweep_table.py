@@ -82,7 +82,7 @@ def measured(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def wall_seconds(lines: Sequence[dict[str, Any]]) -> float:
     """Seconds in training; the clock of stats.jsonl begins anew at each start."""
     clock = [line["wall"]["seconds"] for line in lines]
-    return round(sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=True) if after <= now), 3)
+    return round(sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after <= now), 3)
 
 
 def check_folder(sweep: Sweep, recipes: Mapping[str, Recipe], root: Path) -> list[str]:

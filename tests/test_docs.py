@@ -10,7 +10,7 @@ import attrs
 import click
 import pytest
 
-from siv_core import recipe
+from siv_core import recipe, sweep
 from siv_core.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,9 +23,9 @@ def blocks(text: str, language: str) -> list[str]:
     return [body for found, body in FENCE.findall(text) if found == language]
 
 
-RECIPES = [
-    (name, body) for name, text in TEXTS.items() for body in blocks(text, "toml") if re.search(r"^format = 1$", body, re.M)
-]
+FILES = [(name, body) for name, text in TEXTS.items() for body in blocks(text, "toml") if re.search(r"^format = 1$", body, re.M)]
+RECIPES = [(name, body) for name, body in FILES if "[network" in body]
+SWEEPS = [(name, body) for name, body in FILES if (name, body) not in RECIPES]
 
 
 @pytest.mark.parametrize(("page", "body"), RECIPES, ids=[page for page, _ in RECIPES])
@@ -35,8 +35,17 @@ def test_a_recipe_loads(tmp_path, catalogue, page, body):
     recipe.load(path, catalogue)
 
 
-def test_there_is_a_recipe_to_load():
+@pytest.mark.parametrize(("page", "body"), SWEEPS, ids=[page for page, _ in SWEEPS])
+def test_a_sweep_loads(tmp_path, catalogue, page, body):
+    """The recipe it varies is read where it is shipped."""
+    path = tmp_path / "sweep.toml"
+    path.write_text(body.replace('recipe = "', f'recipe = "{ROOT}/'))
+    sweep.resolve(sweep.load(path), catalogue, cpu_only=False)
+
+
+def test_there_are_files_to_load():
     assert "recipes.md" in dict(RECIPES)
+    assert "sweeps.md" in dict(SWEEPS)
 
 
 # -- commands --------------------------------------------------------------------------------------------------------------------
@@ -60,7 +69,7 @@ def is_synopsis(line: str) -> bool:
 
 
 COMMANDS = [(name, line) for name, text in TEXTS.items() for line in command_lines(text)]
-COMMANDS += [(path.name, first_comment(path)) for path in sorted((ROOT / "recipes").glob("*.toml"))]
+COMMANDS += [(path.name, first_comment(path)) for path in sorted((ROOT / "recipes").rglob("*.toml"))]
 TYPED = [(page, line) for page, line in COMMANDS if not is_synopsis(line)]
 SYNOPSES = [(page, line) for page, line in COMMANDS if is_synopsis(line)]
 

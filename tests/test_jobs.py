@@ -70,7 +70,7 @@ def test_check_reports_the_papers_sizes(siv):
 
 def test_recipes_that_come_with_siv(siv, tmp_path):
     listed = json.loads(siv("recipes", "ls", "--json").stdout)
-    assert set(listed) == {path.stem for path in RECIPES.glob("*.toml")}
+    assert set(listed) == {str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.toml")}
     assert siv("recipes", "show", "digits").stdout == (RECIPES / "digits.toml").read_text()
     assert siv("recipes", "copy", "digits", tmp_path / "mine.toml").returncode == 0
     assert (tmp_path / "mine.toml").read_text() == (RECIPES / "digits.toml").read_text()
@@ -78,3 +78,6 @@ def test_recipes_that_come_with_siv(siv, tmp_path):
     assert again.returncode == 2
     assert "is there already" in again.stderr
     assert "did you mean 'digits'?" in siv("recipes", "show", "digit").stderr
+    copied = siv("recipes", "copy", "sweeps/margin")
+    assert "`siv recipes copy toy2d_8gaussians toy2d_8gaussians.toml` brings that" in copied.stdout
+    assert (tmp_path / "sweeps/margin.toml").read_text() == (RECIPES / "sweeps/margin.toml").read_text()
