@@ -77,7 +77,7 @@ def intro_encoder_loss(
     made, handed_on = objectives.encoder_phase_fakes(nets, batch, noise, z, carry)
     rec, kl = nets["reconstruction"](x, made[REC]), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"])
-    terms = {"rec_real": rec, **objectives.kl_terms("real", kl)}
+    terms = {"rec_real": rec, **objectives.kl_terms("real", kl), "logvar_real": latents.largest_logvar(q)}
     for name in form.fakes:
         kl_f = losses.kl(nets["encoder"](made[name].detach(), labels), prior, noise["encoder_phase"][name]["kl"])
         pushed = hinge(kl_f, c["margin"], c["beta_neg"], form.hinge)

@@ -42,6 +42,11 @@ def kl_standard(q: Gaussian) -> Tensor:
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(dim=1)
 
 
+def largest_logvar(q: Posterior) -> Tensor:
+    """The largest absolute log-variance of each sample [N], over all groups and without gradient: a sign of health."""
+    return torch.cat([gaussian.logvar.detach() for gaussian in q.values()], dim=1).abs().amax(dim=1)
+
+
 def bound_logvar(q: Posterior, bound: float | None) -> Posterior:
     """Log-variances clamped to ±bound, the only place where that is done; None leaves them free."""
     if bound is None:

@@ -100,7 +100,7 @@ def vae_loss(nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str,
     x_r = nets["decoder"](latents.sample(q, noise["posterior"]), labels, noise["decoder"]["real"])
     rec, kl = nets["reconstruction"](x, x_r), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
-    return loss.mean(), {"rec_real": rec, **kl_terms("real", kl)}, carry
+    return loss.mean(), {"rec_real": rec, **kl_terms("real", kl), "logvar_real": latents.largest_logvar(q)}, carry
 
 
 def draw_vae(n: int, streams: Streams, sources: Sources) -> Noise:
@@ -172,7 +172,7 @@ def soft_encoder_loss(
     made, handed_on = encoder_phase_fakes(nets, batch, noise, z, carry)
     rec, kl = nets["reconstruction"](x, made[REC]), losses.kl(q, prior, noise["kl"]["real"])
     loss = c["scale"] * (c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"]))
-    terms = {"rec_real": rec, **kl_terms("real", kl)}
+    terms = {"rec_real": rec, **kl_terms("real", kl), "logvar_real": latents.largest_logvar(q)}
     for name in fakes:
         x_f, own = made[name], noise["encoder_phase"][name]
         x_in = x_f if stop_gradient == "paper" else x_f.detach()

@@ -154,6 +154,7 @@ def manifest(trainer: Trainer) -> dict[str, Any]:
         "data": {"name": read.data.name, "fingerprint": data.fingerprint(), "residency": trainer.feed.residency, **about},
         "spec": attrs.asdict(attrs.evolve(trainer.built.spec, factors=dict(trainer.built.spec.factors))),
         "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
+        "warnings": trainer.health.told,
         "parameters": {name: build.size_of(player.module) for name, player in trainer.players.items()},
     }
 

@@ -193,8 +193,8 @@ def _train_and_measure(
         _close(found, processes, "stopped", counters, watcher, f"{stop}; `siv run --resume {found.path}` goes on")
         raise
     except Diverged as error:
-        _close(found, processes, "diverged", counters, watcher, str(error))
-        raise Diverged(_advice(error, found, read)) from error
+        _close(found, processes, "diverged", counters, watcher, f"diverged at step {counters.step}")
+        raise trainer.diverged(error) from error
     except BaseException:
         _close(found, processes, "failed", counters, watcher, "failed")
         raise
@@ -324,19 +324,6 @@ def _close(found: RunDir, processes: parallel.Parallel, state: str, counters: An
         found.status(state, step=counters.step, images_seen=counters.images_seen)
         found.log(line)
         watcher.say(line)
-
-
-def _advice(error: Diverged, found: RunDir, read: recipe.Recipe) -> str:
-    objective, optim = read.stages[-1].objective.tree(), read.stages[-1].optim[""]
-    return "\n".join(
-        [
-            f"{error}; nothing of it was saved, the checkpoints in {found.checkpoints} are good",
-            f"what helps: a lower learning rate (now {optim.lr:g}), precision fp32 (now {read.train.precision}), a bound on the"
-            f" log-variances (train.logvar_bound, now {read.train.logvar_bound:g}), gradient clipping (train.clip_gradient, now"
-            f" {read.train.clip_gradient:g})",
-            f"and another beta_neg (now {objective.get('beta_neg', 'none')}): it has been reported to help in both directions",
-        ]
-    )
 
 
 def _set_precision(train: recipe.Train) -> None:

@@ -24,6 +24,7 @@ class Stats:
     names: dict[str, list[str]] = field(factory=dict)  # phase -> names of the vector's entries
     sums: dict[str, Tensor] = field(factory=dict)  # float64 [len(names)]
     bad_step: dict[str, Tensor] = field(factory=dict)  # int64 [len(names)]: first step with a non-finite value, or -1
+    bad_means: dict[str, Tensor] = field(factory=dict)  # float64 [len(names)]: what the first of these steps gave
     samples: dict[str, int] = field(factory=dict)  # how many since the last flush
     recent: dict[str, list[tuple[int, int, Tensor]]] = field(factory=dict)  # (step, samples, vector) that wait to be added
 
@@ -33,7 +34,7 @@ class Stats:
         if self.names.get(phase) != [*terms[0], "loss", "gradient_norm"]:
             self.names[phase] = [*terms[0], "loss", "gradient_norm"]
             self.sums[phase] = torch.zeros(len(self.names[phase]), dtype=torch.float64, device=loss.device)
-            self.bad_step[phase] = torch.full_like(self.sums[phase], -1, dtype=torch.int64)
+            self._watch(phase)
             self.samples[phase], self.recent[phase] = 0, []
         sums = reduce(torch.add, [torch.stack(list(micro.values())).sum(dim=1) for micro in terms])
         self.recent[phase].append((step, n, torch.cat([sums, torch.stack([loss, gradient_norm])])))
@@ -49,13 +50,18 @@ class Stats:
                 continue
             steps, n, vectors = zip(*recent, strict=True)
             rows = torch.stack(vectors).to(torch.float64)  # [steps, len(names)]
-            rows[:, -2] *= torch.tensor(n, device=rows.device)  # the loss is a mean over the samples
-            rows[:, -1] *= torch.tensor(n, device=rows.device) / self.parallel.world  # and every process has the whole norm
+            counts = torch.tensor(n, device=rows.device)
+            rows[:, -2] *= counts  # the loss is a mean over the samples
+            rows[:, -1] *= counts / self.parallel.world  # and every process has the whole norm
             for row in rows:
                 self.sums[phase] += row
             last = torch.iinfo(torch.int64).max
-            at = torch.tensor(steps, device=rows.device)[:, None].where(~torch.isfinite(rows), last).amin(dim=0)
-            bad = self.bad_step[phase]
+            wrong = ~torch.isfinite(rows)
+            at = torch.tensor(steps, device=rows.device)[:, None].where(wrong, last).amin(dim=0)
+            bad, means = self.bad_step[phase], self.bad_means[phase]
+            position = wrong.any(dim=1).to(torch.int8).argmax(dim=0, keepdim=True)  # of the first bad step among these
+            there = (rows.index_select(0, position) / counts.index_select(0, position)).squeeze(0)
+            means.copy_(means.where((bad >= 0).any(), there))
             bad.copy_(bad.where((bad >= 0) | (at == last), at))
             recent.clear()
 
@@ -70,8 +76,10 @@ class Stats:
         anywhere = self.parallel.largest(int(bool(found)))  # asked in every process, so that all of them end
         if found:
             step = min(found)[0]
-            where = ", ".join(f"{name} of phase '{phase}'" for s, phase, name in found if s == step)
-            raise Diverged(f"no longer finite since step {step}: {where}")
+            phase, name = next((phase, name) for s, phase, name in found if s == step)  # the others follow from the first
+            means = zip(self.names[phase], (self.bad_means[phase] * self.parallel.world).tolist(), strict=True)
+            values = ", ".join(f"{term} {value:.4g}" for term, value in means)
+            raise Diverged(f"no longer finite since step {step}: {name} of phase '{phase}' (this step's means: {values})")
         if anywhere:
             raise Diverged("no longer finite in another process, whose log says where")
 
@@ -88,7 +96,7 @@ class Stats:
             own, values = values[:count], values[count:]
             means = [value / self.samples[phase] for value in own]
             result[phase] = dict(zip(self.names[phase], means, strict=True))
-        self.sums, self.bad_step, self.names, self.samples, self.recent = {}, {}, {}, {}, {}
+        self.sums, self.bad_step, self.bad_means, self.names, self.samples, self.recent = {}, {}, {}, {}, {}, {}
         return result
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -102,5 +110,10 @@ class Stats:
         """What `state` gave; the main process goes on with all of it, the others from zero."""
         self.names, self.samples = data["names"], data["samples"]
         self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in tensors.items()}
-        self.bad_step = {phase: torch.full_like(sums, -1, dtype=torch.int64) for phase, sums in tensors.items()}
         self.recent = {phase: [] for phase in tensors}
+        for phase in tensors:
+            self._watch(phase)
+
+    def _watch(self, phase: str) -> None:
+        self.bad_step[phase] = torch.full_like(self.sums[phase], -1, dtype=torch.int64)
+        self.bad_means[phase] = torch.full_like(self.sums[phase], torch.nan)

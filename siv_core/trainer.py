@@ -18,8 +18,9 @@ from torch import Tensor
 from siv_core import checkpoint
 from siv_core.build import Built
 from siv_core.convert import Length
-from siv_core.errors import Stopped, UserError
+from siv_core.errors import Diverged, Stopped, UserError
 from siv_core.feed import Feed, blend
+from siv_core.health import Monitor
 from siv_core.parallel import Parallel
 from siv_core.players import Follower, Player, make_nets, rows_of, slices, sources
 from siv_core.protocols import KEEP_GRAPHS, Batch, Nets, Noise, Objective, Phase, Shadow, Stage
@@ -32,6 +33,7 @@ from siv_core.stats import Stats
 class Observer(Protocol):
     """Who watches a run: shows progress and says when to stop. Nothing it does changes what is computed."""
 
+    def say(self, line: str) -> None: ...
     def stepped(self, step: int, steps: int, images_seen: int) -> None: ...
     def ticked(self, line: dict[str, Any]) -> None: ...
     def wrote(self, path: Path) -> None: ...
@@ -61,6 +63,7 @@ class Trainer:
     players: dict[str, Player]
     followers: list[Follower]
     stats: Stats
+    health: Monitor
     counters: Counters = field(factory=Counters)
 
     @classmethod
@@ -84,7 +87,10 @@ class Trainer:
             rules += [Shadow("ema", of, half_life_images=half_life) for of in shadow.of if players[of].parameters]
         followers = [Follower.of(rule, players[rule.of], len(feed.rows)) for rule in dict.fromkeys(rules)]
         order = DataOrder(len(feed.rows), train.seed)
-        return cls(built, rundir, device, parallel, observer, feed, order, players, followers, Stats(parallel))
+        stages = built.recipe.stages
+        ends = stage_ends([(plan.length, plan.batch) for plan in stages], len(feed.rows))
+        health = Monitor(stages, train, built.networks.groups, ends)
+        return cls(built, rundir, device, parallel, observer, feed, order, players, followers, Stats(parallel), health)
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -180,8 +186,7 @@ class Trainer:
 
     def stage_ends(self) -> list[int]:
         """The step at which each stage is over."""
-        lengths = [(plan.length, plan.batch) for plan in self.built.recipe.stages]
-        return stage_ends(lengths, len(self.feed.rows))
+        return list(self.health.ends)
 
     def enter(self, number: int, first: int, steps: int) -> ActiveStage:
         """Set everything that a stage may change; the optimisers are reset only at its very first step."""
@@ -233,7 +238,7 @@ class Trainer:
         return self.counters.step % every.steps(active.plan.batch, len(self.feed.rows)) == 0
 
     def tick(self, started: float) -> None:
-        """One line of statistics; ends the run if something is no longer finite."""
+        """One line of statistics, and what it says of the run's health; ends the run if something is no longer finite."""
         self.stats.check()
         counters = self.counters
         phases = self.stats.flush()
@@ -244,6 +249,26 @@ class Trainer:
         if self.parallel.main:
             self.rundir.append("stats", line)
             self.observer.ticked(line)
+            warnings = self.health.see(line)
+            for warning in warnings:
+                self.observer.say(warning)
+            self.note(warnings)
+
+    def note(self, warnings: list[str]) -> None:
+        """Keep warnings in the log and the manifest."""
+        for warning in warnings:
+            self.rundir.log(warning)
+        if warnings:
+            self.rundir.write("manifest", {**self.rundir.manifest(), "warnings": self.health.told})
+
+    def diverged(self, error: Diverged) -> Diverged:
+        """The same failure with what is left of the run and what to try; noted like a warning."""
+        good = checkpoint.steps(self.rundir.checkpoints)
+        left = f"the checkpoint of step {good[-1]} in {self.rundir.checkpoints} is good" if good else "there is no checkpoint yet"
+        text = f"{error}\nnothing of it was saved; {left}\n{self.health.not_finite(self.counters.step, str(error))}"
+        if self.parallel.main:
+            self.note([text])
+        return Diverged(text)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------------------
 
@@ -282,6 +307,9 @@ class Trainer:
         sums = {phase: tensor.to(self.device) for phase, tensor in tensors["stats"].items()}
         self.stats.restore(sums, state["stats"])
         self.counters = Counters(state["step"], state["images_seen"], state["number"], state["tick_images"])
+        for line in self.rundir.read("stats"):
+            if line["step"] <= self.counters.step:
+                self.health.see(line)
 
     @property
     def memory_format(self) -> torch.memory_format:
