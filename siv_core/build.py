@@ -10,8 +10,8 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
-from siv_core.catalogue import Catalogue
-from siv_core.errors import UserError, near_miss
+from siv_core.catalogue import Catalogue, blame, words
+from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.model import Model
 from siv_core.players import Priors
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
@@ -19,6 +19,14 @@ from siv_core.recipe import Choice, Recipe, StagePlan
 from siv_core.seeding import stream_seed
 
 PLAYERS = ("encoder", "decoder", "prior")
+PROMISED = {  # what is asked of what a component builds, see protocols.py
+    "network": ("encoder", "decoder", "groups", "translate"),
+    "reconstruction": ("__call__",),
+    "prior": ("realise", "parameters"),
+    "dataset": ("missing", "prepare", "rows", "fingerprint"),
+    "objective": ("phases", "draw", "coeffs", "shadows"),
+    "metric": ("needs", "measure"),
+}
 
 
 @define
@@ -96,15 +104,21 @@ class Built:
 
 
 def component(catalogue: Catalogue, choice: Choice, *arguments: Any) -> Any:
-    """What a component builds; an error of its plugin is told with the plugin's name."""
+    """What a component builds; an error of its plugin is told with the plugin's name and the place."""
+    found = catalogue.get(choice.kind, choice.name)
+    what = f"{choice.kind} '{choice.name}'"
+    owner = catalogue.owner(choice.kind, choice.name)
     try:
-        return catalogue.get(choice.kind, choice.name).build(choice.config, *arguments)
-    except UserError:
+        built = found.build(choice.config, *arguments)
+    except SivError:
         raise
     except Exception as error:
-        owner = catalogue.owner(choice.kind, choice.name)
-        error.add_note(f"while building {choice.kind} '{choice.name}' of {owner}")
-        raise
+        error.add_note(f"while building {what}")
+        raise (blame(error) or PluginError(f"{owner}: {words(error)}")) from error
+    lacking = [name for name in PROMISED[choice.kind] if not hasattr(built, name)]
+    if lacking:
+        raise PluginError(f"{owner}: {what} built a {type(built).__name__}, which has no {', '.join(lacking)}")
+    return built
 
 
 def dataset(recipe: Recipe, catalogue: Catalogue) -> Dataset:

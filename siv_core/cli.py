@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback as traceback_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,29 @@ out_options = options(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """Tells whose code an exception came from, and shows its traceback when asked to."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            from siv_core import catalogue
+
+            blamed = None if isinstance(error, SivError) else catalogue.blame(error)
+            if context.params["traceback"] and (blamed or isinstance(error, SivError)):
+                traceback_module.print_exception(error)
+            if blamed:
+                raise blamed from error
+            raise
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="siv")
-def cli() -> None:
+@click.option("--traceback", is_flag=True, help="Show where an error comes from; a run keeps it in its log.txt.")
+def cli(traceback: bool) -> None:
     """Train, measure and use introspective variational autoencoders."""
 
 
@@ -152,8 +173,9 @@ def check(recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], as_jso
 
 @cli.command("list-plugins")
 @click.option("--kind", help="Only components of this kind.")
+@click.option("--traceback", "failed", metavar="NAME", help="Show why the plugin NAME cannot be used, with its traceback.")
 @json_option
-def list_plugins(kind: str | None, as_json: bool) -> None:
+def list_plugins(kind: str | None, failed: str | None, as_json: bool) -> None:
     """List the plugins, their components, and those that cannot be used."""
     from siv_core import catalogue
     from siv_core.component import KINDS
@@ -163,6 +185,13 @@ def list_plugins(kind: str | None, as_json: bool) -> None:
     if kind and kind not in KINDS:
         raise UserError(f"--kind {kind}: no such kind{near_miss(kind, KINDS)}")
     known = catalogue.load()
+    if failed:
+        failure = known.failure(failed)
+        if as_json:
+            print_json({"plugin": failed, "reason": failure.reason, "traceback": failure.details})
+        else:
+            click.echo(failure.details.rstrip() or f"no traceback: {failure.reason}")
+        return
     found = [
         {
             "kind": k,
@@ -179,13 +208,15 @@ def list_plugins(kind: str | None, as_json: bool) -> None:
         for f in known.failures
     ]
     if as_json:
-        print_json({"components": found, "broken": broken})
+        print_json({"components": found, "broken": broken, "slow": list(known.slow)})
         return
     columns = ("kind", "name", "plugin", "from", "summary")
     out = Screen()
     out.table("Components", columns, [tuple(str(entry[column]) for column in columns) for entry in found])
     if broken:
         out.table("Not usable", ("plugin", "from", "reason"), [tuple(entry.values()) for entry in broken])
+    for line in known.slow:
+        out.say(line)
 
 
 @cli.command()

@@ -168,6 +168,36 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
         return None
 
 
+def config_problem(cls: Any) -> str | None:
+    """Why this cannot be the config class of a component, or None."""
+    name = getattr(cls, "__name__", repr(cls))
+    if not isinstance(cls, type) or not attrs.has(cls):
+        return f"its config {cls!r} is no attrs class"
+    try:
+        attrs.resolve_types(cls)
+    except Exception as error:  # an annotation is any expression
+        return f"its config {name} has an annotation that cannot be resolved ({type(error).__name__}: {error})"
+    for attribute in attrs.fields(cls):
+        option = f"option '{attribute.name}' of its config {name}"
+        if attribute.type is None:
+            return f"{option} has no type"
+        if isinstance(attribute.default, (list, dict, set)):
+            return f"{option} has a mutable default, which all recipes would share: write a tuple, or a table with `option`"
+        if attribute.default is NOTHING and not attribute.metadata.get("doc"):
+            return f"{option} has neither a default nor a doc that says what to give: write `option(doc=…)`"
+        try:
+            _CONVERTER.get_structure_hook(attribute.type)
+        except cattrs.StructureHandlerNotFoundError:
+            return f"{option} has the type {attribute.type}, which no TOML value becomes"
+    try:
+        describe(cls)
+        if all(attribute.default is not NOTHING for attribute in attrs.fields(cls)):
+            cls()
+    except Exception as error:  # a default that its own bounds refuse, or a factory that raises
+        return f"its config {name} has a default that is not usable ({type(error).__name__}: {error})"
+    return None
+
+
 def plain(value: Any) -> Any:
     """The same value as JSON types, every default written out."""
     return json.loads(json.dumps(_CONVERTER.unstructure(value)))  # tuples become lists, as they will be when read back

@@ -21,6 +21,10 @@ class UserError(SivError):
         super().__init__("\n".join(self.problems))
 
 
+class PluginError(SivError):
+    """A plugin raised something it should not: a bug, but not siv's. Names the plugin, its version and the place. Exit 1."""
+
+
 class Diverged(SivError):
     """A loss or a gradient is no longer finite; the last good checkpoint stays. Exit 3."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from siv_core import feed, pictures, plane
-from siv_core.errors import UserError
+from siv_core.catalogue import blame, words
+from siv_core.errors import SivError, UserError
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import Streams
@@ -27,22 +30,44 @@ PLANE_GRID = 300  # points a side of its density
 
 
 def measure(
-    metrics: Mapping[str, Metric], model: Model, data: Dataset, about: dict[str, Any], progress: Progress
+    metrics: Mapping[str, Metric],
+    model: Model,
+    data: Dataset,
+    about: dict[str, Any],
+    progress: Progress,
+    log: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """A line for each value: metric, name, value or the reason why it was skipped, protocol; `about` is in each.
 
-    A metric that cannot be taken at all is one line of the name "all"; the others go on.
+    A metric that cannot be taken at all is one line of the name "all"; the others go on. The traceback of one that raises goes
+    to `log`.
     """
-    lines = []
+    lines: list[dict[str, Any]] = []
     for name, metric in metrics.items():
         try:
-            measured = metric.measure(model, data, progress)
+            found = _lines(name, metric.measure(model, data, progress))
         except UserError as error:
-            measured = Measurement({"all": "; ".join(error.problems)}, {})
-        for value_name, value in measured.values.items():
-            result = {"skipped": value} if isinstance(value, str) else {"value": float(value)}
-            lines.append({"metric": name, "name": value_name, **result, "protocol": measured.protocol, **about})
+            found = _lines(name, Measurement({"all": "; ".join(error.problems)}, {}))
+        except SivError:  # a wish to stop
+            raise
+        except Exception as error:  # of a plugin: what was trained, and the other metrics, are not lost for it
+            log(f"metric {name} failed\n{''.join(traceback.format_exception(error)).rstrip()}")
+            found = _lines(name, Measurement({"all": f"failed: {blame(error) or words(error)}"}, {}))
+        lines += [{**line, **about} for line in found]
     return lines
+
+
+def _lines(name: str, measured: Measurement) -> list[dict[str, Any]]:
+    json.dumps(measured.protocol)  # raises here, not when the line is written
+    return [
+        {
+            "metric": name,
+            "name": value_name,
+            **({"skipped": value} if isinstance(value, str) else {"value": float(value)}),
+            "protocol": measured.protocol,
+        }
+        for value_name, value in measured.values.items()
+    ]
 
 
 def some(data: Dataset, split: str, count: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from attrs import frozen
 
 from siv_core import build, catalogue, checkpoint, evaluate, files, parallel, pictures, recipe, record, rundir
 from siv_core.build import Built
-from siv_core.errors import Diverged, Stopped, UserError
+from siv_core.errors import Diverged, SivError, Stopped, UserError
 from siv_core.model import Model
 from siv_core.rundir import RunDir
 from siv_core.trainer import Observer, Trainer
@@ -130,6 +131,8 @@ def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides:
 
 def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
     """Data, networks, run directory, training, pictures and metrics, in this order."""
+    for line in known.slow:
+        watcher.say(line)
     device = pick_device(request.device)
     data = build.dataset(read, known)
     if data.missing():
@@ -150,7 +153,12 @@ def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, wat
     _set_precision(read.train)
     found = _run_dir(read, request, processes, watcher)
     with found.locked() if processes.main else nullcontext():
-        return _train_and_measure(built, found, device, processes, request, watcher)
+        try:
+            return _train_and_measure(built, found, device, processes, request, watcher)
+        except Exception as error:
+            if not isinstance(error, SivError):
+                found.log("".join(traceback.format_exception(error)).rstrip())
+            raise
 
 
 def _train_and_measure(
@@ -224,7 +232,7 @@ def append_metrics(
         "data": {"name": built.recipe.data.name, "fingerprint": built.dataset.fingerprint()},
         "siv": version("siv"),
     }
-    lines = evaluate.measure(built.metrics(), model, built.dataset, about, watcher.progress)
+    lines = evaluate.measure(built.metrics(), model, built.dataset, about, watcher.progress, found.log)
     for line in lines:
         found.append("metrics", line)
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,69 @@ def test_what_is_wrong_with_a_plugin_is_told_and_stops_no_other(plugin, source, 
         assert word in reason(known)
     assert list(known.components) == [("network", "sound")]
     assert known.get("network", "sound").build(None, None) == "made here"
+
+
+OWN_CONFIG = """
+from attrs import field, frozen, Factory
+from siv_core import Component, hookimpl, option
+
+@frozen
+class Own:
+    FIELD
+
+@hookimpl
+def siv_components():
+    return [Component('network', 'net', Own, lambda config, spec: None, 'a test')]
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        (
+            "x: Nowhere = option(1, doc='d')",
+            "has an annotation that cannot be resolved (NameError: name 'Nowhere' is not defined)",
+        ),
+        ("x: 'os.PathLike' = option(1, doc='d')", "has an annotation that cannot be resolved (NameError: name 'os'"),
+        ("x = field(default=1)", "option 'x' of its config Own has no type"),
+        (
+            "x: list[int] = option([1], doc='d')",
+            "option 'x' of its config Own has a mutable default, which all recipes would share",
+        ),
+        ("x: list[int] = field(default=[])", "has a mutable default"),
+        ("x: dict[str, int] = field(default={})", "has a mutable default"),
+        ("x: int", "option 'x' of its config Own has neither a default nor a doc that says what to give"),
+        ("x: int = option(doc='')", "has neither a default nor a doc"),
+        (
+            "x: object = option(1, doc='d')",
+            "option 'x' of its config Own has the type <class 'object'>, which no TOML value becomes",
+        ),
+        ("x: int = option(1, doc='d', ge=2)", "has a default that is not usable (ValueError: x: 1 is not >= 2)"),
+        ("x: int = Factory(lambda: 1 / 0)", "has a default that is not usable (ZeroDivisionError"),
+    ],
+)
+def test_a_broken_config_class_is_told_and_stops_no_other(plugin, field, words):
+    source = OWN_CONFIG.replace("FIELD", field)
+    if "Nowhere" in field:
+        source = "from __future__ import annotations\n" + source
+    known = load([plugin("bad", source), plugin("good", offering("sound"), dist="zebra")])
+    assert list(known.components) == [("network", "sound")]
+    assert reason(known).startswith("network 'net': ")
+    assert words in reason(known)
+    with pytest.raises(UserError, match=r"plugin 'bad' of other 1.0 is not usable: network 'net'"):
+        known.get("network", "net")
+
+
+def test_the_place_of_a_failed_import_is_told(plugin):
+    known = load([plugin("bad", "x = 1\n\ny = {}['key']\n")])
+    assert re.fullmatch(r"KeyError: 'key' \(.*_bad.py:3, in <module>\)", reason(known))
+
+
+def test_a_slow_import_is_told(plugin, monkeypatch):
+    monkeypatch.setattr(catalogues, "SLOW_SECONDS", 0.2)
+    known = load([plugin("slow", "import time\ntime.sleep(0.3)\n" + offering("a")), plugin("quick", offering("b"))])
+    [line] = known.slow
+    assert re.fullmatch(r"plugin 'slow' of other 1.0 took 0\.\d s to import: every command waits .*SIV_DISABLE=slow\)", line)
 
 
 def test_a_failed_import_keeps_its_traceback(plugin):
