@@ -83,7 +83,8 @@ class Built:
             )
         return shape
 
-    def model(self, device: torch.device, name: str = "") -> Model:
+    def model(self, device: torch.device, name: str = "", plan: StagePlan | None = None) -> Model:
+        """The networks for use, with samples of the shape of this stage (the data's own by default)."""
         encoder, decoder = self.networks.encoder.to(device), self.networks.decoder.to(device)
         if self.recipe.train.channels_last:  # as in training: another layout rounds otherwise
             encoder, decoder = (module.to(memory_format=torch.channels_last) for module in (encoder, decoder))
@@ -91,7 +92,7 @@ class Built:
             encoder=encoder,
             decoder=decoder,
             priors=self.priors.to(device),
-            spec=self.spec,
+            spec=attrs.evolve(self.spec, shape=self.shape(plan)) if plan else self.spec,
             groups=self.networks.groups,
             translate=self.networks.translate,
             device=device,

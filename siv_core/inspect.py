@@ -13,9 +13,9 @@ from siv_core import build
 from siv_core.build import Built
 from siv_core.catalogue import Catalogue
 from siv_core.errors import UserError
-from siv_core.players import Priors, make_nets, sources, tree_map
-from siv_core.protocols import Batch
-from siv_core.recipe import Recipe, StagePlan
+from siv_core.players import Priors, make_nets, set_stage, sources, tree_map
+from siv_core.protocols import Batch, Stage
+from siv_core.recipe import Recipe
 from siv_core.seeding import Streams
 from siv_core.trainer import tensors_of
 
@@ -36,8 +36,13 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
     report["groups"] = built.networks.groups
     report["parameters"] = parameters(built)
     report["stages"] = [
-        {"length": str(plan.length), "batch": plan.batch, "objective": plan.objective.name, "flops_per_step": flops(built, plan)}
-        for plan in recipe.stages
+        {
+            "length": str(plan.length),
+            "batch": plan.batch,
+            "objective": plan.objective.name,
+            "flops_per_step": flops(built, number),
+        }
+        for number, plan in enumerate(recipe.stages)
     ]
     needs = [f"metric {name}: {need}" for name, metric in built.metrics().items() for need in metric.needs()]
     report["not_at_hand"] = [*build.missing(built), *needs]
@@ -53,8 +58,9 @@ def parameters(built: Built) -> dict[str, dict[str, int]]:
     return counts
 
 
-def flops(built: Built, plan: StagePlan) -> int:
-    """Floating-point operations of one step, a multiply-add counted as two; torch's meta device computes nothing."""
+def flops(built: Built, number: int) -> int:
+    """Floating-point operations of one step of this stage, a multiply-add counted as two; the meta device computes nothing."""
+    plan = built.recipe.stages[number]
     modules = {name: copy.deepcopy(module).to("meta") for name, module in built.modules.items()}
     loss = built.reconstruction
     reconstruction = copy.deepcopy(loss).to("meta") if isinstance(loss, nn.Module) else loss
@@ -65,6 +71,7 @@ def flops(built: Built, plan: StagePlan) -> int:
     noise = tree_map(drawn, lambda x: x.to("meta"))
     labels = torch.zeros(plan.batch, dtype=torch.int64, device="meta") if built.spec.conditional else None
     batch = Batch(torch.empty(plan.batch, *built.shape(plan), device="meta"), labels)
+    set_stage(modules.values(), Stage(number, built.shape(plan), torch.ones(())))
     nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction)
     coeffs = tensors_of(objective.coeffs, torch.device("meta"))
     carry: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from siv_core import latents
 from siv_core.latents import Codes, Gaussian, Posterior
-from siv_core.protocols import Nets, Shadow, Sources
+from siv_core.protocols import Nets, Shadow, Sources, Stage
 from siv_core.seeding import Streams, normal
+
+
+def encode_group(encode: Callable[..., Posterior], group: str) -> Callable[..., Gaussian]:
+    """The encoder as the prior of one group is given it: (x, labels=None) -> this group's posterior."""
+    return lambda x, labels=None: encode(x, labels)[group]
+
+
+def set_stage(modules: Iterable[Any], stage: Stage) -> None:
+    """Tell those modules that care which stage it is; of priors, those of the groups."""
+    for module in modules:
+        for part in (module, *(module.groups.values() if isinstance(module, Priors) else ())):
+            if hasattr(part, "set_stage"):
+                part.set_stage(stage)
 
 
 class Priors(nn.Module):
@@ -24,14 +37,11 @@ class Priors(nn.Module):
         super().__init__()
         self.groups = nn.ModuleDict(priors)
 
-    def forward(self, encode: Callable[[Tensor], Posterior]) -> dict[str, Any]:
+    def forward(self, encode: Callable[..., Posterior]) -> dict[str, Any]:
         """{group: Distribution} of this phase."""
 
-        def of(group: str) -> Callable[[Tensor], Gaussian]:
-            return lambda x: encode(x)[group]
-
         priors: dict[str, Any] = dict(self.groups.items())  # nn.Module knows nothing of `realise`
-        return {group: prior.realise(of(group)) for group, prior in priors.items()}
+        return {group: prior.realise(encode_group(encode, group)) for group, prior in priors.items()}
 
 
 @define

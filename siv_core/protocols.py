@@ -144,11 +144,14 @@ class Prior(Protocol):
     """The prior of one latent group: an `nn.Module`.
 
     Optional: `draw(n, generator)` (default: standard normal [n, d]), `draw_kl(n, generator)` for a sampled KL,
-    `start(batches, encode)` once before the first step, `set_stage(stage)`.
+    `start(batches, encode)` once before the first step, where batches are `Batch`es of training data; `set_stage(stage)`.
     """
 
-    def realise(self, encode: Callable[[Tensor], Gaussian]) -> Distribution:
-        """The distribution of this phase. `encode` maps images to this group's posterior; it is not to be kept."""
+    def realise(self, encode: Callable[..., Gaussian]) -> Distribution:
+        """The distribution of this phase. `encode(x, labels=None)` gives this group's posterior; it is not to be kept.
+
+        Labels are needed where `Spec.conditional` says so: a prior that encodes something has labels to go with it.
+        """
 
 
 class Sources(NamedTuple):

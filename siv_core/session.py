@@ -17,6 +17,8 @@ from siv_core import build, catalogue, checkpoint, evaluate, files, parallel, pi
 from siv_core.build import Built
 from siv_core.errors import Diverged, SivError, Stopped, UserError
 from siv_core.model import Model
+from siv_core.players import set_stage
+from siv_core.protocols import Stage
 from siv_core.rundir import RunDir
 from siv_core.trainer import Observer, Trainer
 
@@ -184,10 +186,10 @@ def _train_and_measure(
     if processes.main:
         offsets = files.read_json(newest / "state.json")["offsets"] if newest else {}
         record.write_head(found, trainer, watcher.say, offsets)
-    model = built.model(device)
 
     def preview(name: str) -> None:
         if processes.main and evaluate.drawable(built.spec):
+            model = built.model(device, plan=read.stages[trainer.standing()["number"]])
             pictures.save_png(found.images / f"{name}.png", evaluate.preview(model, built.dataset, read.train.seed))
             watcher.wrote(found.images / f"{name}.png")
 
@@ -264,7 +266,12 @@ def open_run(run_path: str | Path, step: str, weights: str, device: str) -> tupl
 def model_of(built: Built, path: Path, weights: str, device: torch.device) -> Model:
     """The networks of `built` with the weights of a checkpoint in them."""
     used = _restore(built, path, weights)
-    return built.model(device, f"{path.name}, {used} weights")
+    newest = {"number": len(built.recipe.stages) - 1, "fade": 1.0}  # for checkpoints that do not say it yet
+    stage = files.read_json(path / "state.json").get("stage", newest)
+    plan = built.recipe.stages[stage["number"]]
+    fade = torch.tensor(stage["fade"], device=device)
+    set_stage(built.modules.values(), Stage(stage["number"], built.shape(plan), fade))
+    return built.model(device, f"{path.name}, {used} weights", plan)
 
 
 def used_weights(path: Path, weights: str) -> str:

@@ -103,14 +103,14 @@ def check_reconstruction(loss: Any, spec: Spec) -> None:
 def check_prior(prior: Any, dim: int, spec: Spec) -> None:
     """Samples and densities of the right shape, a KL that is the sampled one, and `detach` that stops gradients."""
 
-    def encode(x: Tensor) -> Gaussian:
+    def encode(x: Tensor, labels: Tensor | None = None) -> Gaussian:
         flat = x.flatten(1)[:, :dim]
         return Gaussian(flat, flat - 1)
 
     generator = torch.Generator().manual_seed(stream_seed(0, "test"))
     if hasattr(prior, "start"):
         with torch.no_grad():
-            prior.start(iter([example(spec, 64)]), encode)
+            prior.start(iter([Batch(example(spec, 64))]), encode)
     distribution = prior.realise(encode)
     draw = getattr(prior, "draw", None)
     noise = draw(512, generator) if draw else normal(512, dim, generator)

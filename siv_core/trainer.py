@@ -20,9 +20,9 @@ from siv_core.build import Built
 from siv_core.convert import Length
 from siv_core.errors import Diverged, Stopped, UserError
 from siv_core.feed import Feed, blend
-from siv_core.health import Monitor
+from siv_core.health import Monitor, stage_at
 from siv_core.parallel import Parallel
-from siv_core.players import Follower, Player, make_nets, rows_of, slices, sources
+from siv_core.players import Follower, Player, encode_group, make_nets, rows_of, set_stage, slices, sources
 from siv_core.protocols import KEEP_GRAPHS, Batch, Nets, Noise, Objective, Phase, Shadow, Stage
 from siv_core.recipe import Optim, StagePlan
 from siv_core.rundir import RunDir
@@ -213,11 +213,7 @@ class Trainer:
             coeffs=tensors_of(objective.coeffs, self.device),
             sources=sources(self.built.networks.groups, self.built.priors, self.built.networks.decoder),
         )
-        stage = Stage(number, shape, active.fade)
-        for module in [*modules.values(), *self.built.priors.groups.values()]:
-            set_stage = getattr(module, "set_stage", None)
-            if set_stage:
-                set_stage(stage)
+        set_stage(modules.values(), Stage(number, shape, active.fade))
         return active
 
     def start_priors(self) -> None:
@@ -228,9 +224,17 @@ class Trainer:
             start = getattr(prior, "start", None)
             if start:
                 positions = (self.order.take(i * plan.batch, plan.batch) for i in range(len(self.feed.rows) // plan.batch or 1))
-                batches = (self.feed.take(p, self.built.shape(plan), self.memory_format).x for p in positions)
+                batches = (self.feed.take(p, self.built.shape(plan), self.memory_format) for p in positions)
                 with torch.no_grad():
-                    start(batches, lambda x, group=group: encode(x)[group])
+                    start(batches, encode_group(encode, group))
+
+    def standing(self) -> dict[str, Any]:
+        """The stage that made the present state, and how far it has faded in, as JSON."""
+        step, ends = self.counters.step, self.health.ends
+        number = stage_at(ends, step)
+        first = ends[number - 1] if number else 0
+        fade_steps = math.ceil(self.built.recipe.stages[number].fade * (ends[number] - first))
+        return {"number": number, "fade": min(1.0, (step - first) / fade_steps) if fade_steps else 1.0}
 
     # -- what is due -------------------------------------------------------------------------------------------------------------
 
@@ -288,6 +292,7 @@ class Trainer:
                 "images_seen": counters.images_seen,
                 "number": counters.checkpoints,
                 "tick_images": counters.tick_images,
+                "stage": self.standing(),
                 "stats": stats_state,
                 "offsets": self.rundir.offsets(),
             }

@@ -6,6 +6,8 @@ import copy
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ from safetensors.torch import load_file
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from siv_core import build, inspect, session
 from siv_core.component import per_group
 from siv_core.errors import Diverged, UserError
 from siv_core.objectives import SoftIntroVAEConfig, build_soft_intro_vae
 from siv_core.parallel import Parallel
 from siv_core.players import Priors, make_nets, sources
 from siv_core.protocols import Batch, Spec
+from siv_core.recipe import parse
 from siv_core.seeding import Streams
 from siv_core.session import Silent
 from siv_core.stats import Stats
@@ -69,7 +73,7 @@ def test_the_gradient_of_a_vamp_kl_reaches_the_encoder_through_the_pseudo_inputs
     prior = toys.Vamp(4, 3, (1, 8, 8))
     encoder = torch.nn.Linear(64, 6)
 
-    def encode(x):
+    def encode(x, labels=None):
         return toys.Gaussian(*encoder(x.flatten(1)).chunk(2, dim=1))
 
     q = toys.Gaussian(torch.zeros(2, 3), torch.zeros(2, 3))
@@ -399,3 +403,57 @@ def read_stats(run):
 def test_per_group_numbers():
     assert per_group(2.0, {"a": 1, "b": 1}) == {"a": 2.0, "b": 2.0}
     assert per_group({"a": 1.0}, {"a": 1, "b": 1}) == {"a": 1.0}
+
+
+GROWING = """
+format = 1
+[data]
+name = "digits"
+[network]
+name = "growing"
+[objective]
+name = "soft_intro_vae"
+[train]
+batch = 8
+tick = "1 steps"
+preview = "2 steps"
+checkpoint = "1 steps"
+keep_every = 1
+[[stages]]
+length = "2 steps"
+data = { size = 4 }
+[[stages]]
+length = "4 steps"
+fade = 1.0
+"""
+
+
+def test_a_growing_network_is_in_the_stage_of_its_checkpoint(catalogue, tmp_path, monkeypatch):
+    monkeypatch.setattr("siv_core.catalogue.load", lambda: toys.with_toys(catalogue))
+    (tmp_path / "growing.toml").write_text(GROWING)
+    done = session.run(tmp_path / "growing.toml", run_dir=tmp_path / "run", device="cpu")
+    assert (tmp_path / "run" / "images" / "preview_00000002.png").exists()  # in the first stage: of 4 × 4
+    for step, shape, fade in ((1, (1, 4, 4), 1.0), (2, (1, 4, 4), 1.0), (3, (1, 8, 8), 0.25), (6, (1, 8, 8), 1.0)):
+        model = done.model(str(step), device="cpu")
+        assert model.decoder.stage.shape == model.spec.shape == shape
+        assert model.decoder.stage.fade == fade
+        assert model.sample(2).shape == (2, *shape)
+        assert model.reconstruct(torch.rand(2, *shape)).shape == (2, *shape)
+
+
+def test_the_operations_of_a_growing_network_are_those_of_its_stages(catalogue):
+    known = toys.with_toys(catalogue)
+    read = parse(tomllib.loads(GROWING), Path("growing.toml"), b"", known, (), (), False)
+    built = build.build(read, known, build.dataset(read, known))
+    small, large = (inspect.flops(built, number) for number in (0, 1))
+    refine = 2 * 8 * 9 * 64  # the 3 × 3 convolution of the decoder on 8 samples, which is at 4 × 4 in the first stage
+    assert large - small >= 3 * refine
+    assert not built.networks.encoder.seen  # checked on copies
+
+
+def test_a_prior_gets_labels_where_the_networks_do(catalogue, tmp_path):
+    train = {"batch": 64, "length": "3 steps", "conditional": True}
+    t = toys.trainer(catalogue, tmp_path, toys.tree(prior={"name": "vamp"}, train=train))
+    assert t.run() == "finished"
+    first = t.feed.take(t.order.take(0, 5), t.built.spec.shape, torch.contiguous_format)
+    assert torch.equal(t.built.priors.groups["z"].labels, first.labels)

@@ -109,16 +109,21 @@ class Mixture:
 
 
 class Vamp(nn.Module):
-    def __init__(self, components: int, dim: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, components: int, dim: int, shape: tuple[int, ...], conditional: bool = False) -> None:
         super().__init__()
+        self.conditional = conditional
+        self.register_buffer("labels", torch.zeros(components, dtype=torch.int64))
         self.dim = dim
         self.pseudo_inputs = nn.Parameter(torch.zeros(components, *shape))
 
     def start(self, batches: Any, encode: Any) -> None:
-        self.pseudo_inputs.copy_(next(batches)[: len(self.pseudo_inputs)])
+        x, labels = next(batches)
+        self.pseudo_inputs.copy_(x[: len(self.pseudo_inputs)])
+        if labels is not None:
+            self.labels.copy_(labels[: len(self.labels)])
 
     def realise(self, encode: Any) -> Mixture:
-        return Mixture(encode(self.pseudo_inputs))
+        return Mixture(encode(self.pseudo_inputs, self.labels if self.conditional else None))
 
     def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
         return torch.cat([torch.rand(n, 1, generator=generator), torch.randn(n, self.dim, generator=generator)], dim=1)
@@ -244,7 +249,9 @@ class GrowingDecoder(nn.Module):
 
 
 TOYS = [
-    Component("prior", "vamp", VampOptions, lambda config, dim, spec: Vamp(config.components, dim, spec.shape), "toy"),
+    Component(
+        "prior", "vamp", VampOptions, lambda config, dim, spec: Vamp(config.components, dim, spec.shape, spec.conditional), "toy"
+    ),
     Component("prior", "flow", NoOptions, lambda config, dim, spec: AffineFlow(dim), "toy"),
     Component("objective", "three_players", objectives.SoftIntroVAEConfig, build_three_players, "toy"),
     Component("objective", "bootstrap", objectives.SoftIntroVAEConfig, build_bootstrap, "toy"),
