@@ -145,18 +145,36 @@ def run(
 
 
 @cli.command()
-@options(click.argument("recipe", type=PATH), *override_options, json_option)
-def check(recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
-    """Say what RECIPE would do: parameters, operations a step, and what is not at hand. Trains nothing."""
+@options(
+    click.argument("recipe", type=PATH),
+    *override_options,
+    click.option("--measure", is_flag=True, help="Do some steps of each stage: time a step, time in all, peak memory."),
+    click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to measure; default: auto."),
+    json_option,
+)
+def check(
+    recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], measure: bool, device: str | None, as_json: bool
+) -> None:
+    """Say what RECIPE would do: parameters, operations a step, and what is not at hand. Keeps nothing of what it does."""
+    if device and not measure:
+        raise click.UsageError("--device goes with --measure; nothing else is computed here")
     watcher = screen(as_json, at_once=True)
     from siv_core import catalogue, inspect, session
     from siv_core import recipe as reader
 
     known = catalogue.load()
-    report = inspect.check(reader.load(recipe, known, profiles, sets, cpu_only=not session.nvidia_present()), known)
+    read = reader.load(recipe, known, profiles, sets, cpu_only=not session.nvidia_present())
+    measured = inspect.measure(read, known, session.pick_device(device or "auto"), watcher.progress) if measure else None
+    report = inspect.check(read, known)
     if as_json:
-        print_json(report)
+        print_json({**report, "measured": measured} if measure else report)
         return
+    show_report(watcher, report)
+    if measured:
+        show_measured(watcher, measured)
+
+
+def show_report(watcher: Screen, report: dict[str, Any]) -> None:
     watcher.say(f"data {report['data']}")
     for player, parts in report.get("parameters", {}).items():
         watcher.say(f"{player}: {parts['all']:,} parameters")
@@ -169,6 +187,22 @@ def check(recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], as_jso
         )
     for line in report["not_at_hand"] or ["nothing: everything is at hand"]:
         watcher.say(f"not at hand here: {line}")
+
+
+def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
+    if "not_measured" in measured:
+        watcher.say(f"not measured: {measured['not_measured']}")
+        return
+    watcher.say(f"measured on {measured['device']}, {measured['threads']} threads, with {measured['data']}:")
+    for stage in measured["stages"]:
+        steps = "a number of steps that the data will tell" if stage["steps"] is None else f"{stage['steps']:,} steps"
+        watcher.say(f"  {stage['objective']}: {1000 * stage['seconds_per_step']:.3g} ms a step, {steps}")
+    if measured["seconds"] is not None:
+        minutes, seconds = divmod(round(measured["seconds"]), 60)
+        watcher.say(f"  training takes about {minutes} min {seconds:02} s in all; pictures and metrics come on top")
+    watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
+    if measured["device_peak_bytes"] is not None:
+        watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
 
 
 @cli.command("list-plugins")

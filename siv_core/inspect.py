@@ -1,23 +1,37 @@
-"""What a recipe would do, before it does it: parameters, lengths, floating-point operations, and what is not at hand."""
+"""What a recipe would do, before it does it: parameters, lengths, operations, what is not at hand; time and memory when asked."""
 
 from __future__ import annotations
 
 import copy
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from siv_core import build
+from siv_core import build, evaluate, session
 from siv_core.build import Built
 from siv_core.catalogue import Catalogue
 from siv_core.errors import UserError
+from siv_core.parallel import Parallel
 from siv_core.players import Priors, make_nets, set_stage, sources, tree_map
-from siv_core.protocols import Batch, Stage
+from siv_core.protocols import Batch, Progress, Rows, Spec, Stage
 from siv_core.recipe import Recipe
+from siv_core.rundir import RunDir
 from siv_core.seeding import Streams
-from siv_core.trainer import tensors_of
+from siv_core.trainer import ActiveStage, Trainer, tensors_of
+
+WARM_UP_STEPS = 3  # the first allocate memory and the optimisers' moments
+MEASURED_SECONDS = 4.0  # a stage, after the warm-up
+BLOCKS = (3, 40)  # least and most pieces of a stage that are timed; their median does not mind an interruption
+BLOCK_SECONDS = 0.1  # at least this long: a clock is read, and on CUDA waited for, at its ends only
+RANDOM_IMAGES = 1024  # that stand in for data that is not at hand
 
 
 def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
@@ -86,3 +100,104 @@ def flops(built: Built, number: int) -> int:
 def _shadows(built: Built, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     rules = [rule for plan in built.recipe.stages for rule in built.objective(plan).shadows]
     return {f"{rule.of}@{rule.name}": modules[rule.of] for rule in rules}
+
+
+# -- time and memory, by doing it ------------------------------------------------------------------------------------------------
+
+
+@frozen
+class RandomData:
+    """Stands in for data that is not at hand: random numbers of its shape, in memory. Nothing is learned from them."""
+
+    spec: Spec
+
+    def missing(self) -> None:
+        return None
+
+    def prepare(self, progress: Progress) -> None: ...
+
+    def fingerprint(self) -> str:
+        return "random"
+
+    def rows(self, split: str) -> Rows:
+        generator, shape = torch.Generator().manual_seed(0), (RANDOM_IMAGES, *self.spec.shape)
+        labels = torch.arange(RANDOM_IMAGES) % self.spec.classes if self.spec.classes else None
+        if self.spec.kind == "image":
+            return Rows(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), labels)
+        low, high = self.spec.value_range
+        return Rows(low + (high - low) * torch.rand(shape, generator=generator), labels)
+
+
+def measure(recipe: Recipe, catalogue: Catalogue, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Time a step of each stage and peak memory, from real steps that are thrown away, as JSON types; times in seconds.
+
+    Prepares the data where they are at hand, else takes random ones of their shape. Writes into no run directory.
+    """
+    data = build.dataset(recipe, catalogue)
+    built = build.build(recipe, catalogue, data)
+    loss = built.reconstruction
+    lacking = getattr(loss, "missing", lambda: None)()
+    if lacking:
+        return {"not_measured": lacking}
+    at_hand = data.missing() is None
+    if at_hand:
+        data.prepare(progress)
+    else:
+        built.dataset = RandomData(built.spec)
+    session.set_precision(recipe.train)
+    getattr(loss, "prepare", lambda: None)()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = Trainer.of(built, RunDir(Path()), device, Parallel(), session.Silent())
+    trainer.start_priors()
+    stages: list[dict[str, Any]] = []
+    for number, plan in enumerate(recipe.stages):
+        first, end = ([0, *trainer.stage_ends()][number + i] for i in (0, 1))
+        trainer.counters.step = first
+        active = trainer.enter(number, first, end - first)
+        active.set_fade((first + end) // 2)
+        seconds = seconds_per_step(trainer, active)
+        if built.spec.kind == "image":
+            evaluate.preview(built.model(device, plan=plan), built.dataset, recipe.train.seed)  # a run draws them: their memory
+        steps = end - first if at_hand or plan.length.unit != "epochs" else None
+        stages.append({"objective": plan.objective.name, "seconds_per_step": seconds, "steps": steps})
+        progress("measuring", number + 1, len(recipe.stages))
+    known = [stage["seconds_per_step"] * stage["steps"] for stage in stages if stage["steps"] is not None]
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "data": recipe.data.name if at_hand else f"random numbers of the shape {list(built.spec.shape)}",
+        "stages": stages,
+        "seconds": sum(known) if len(known) == len(stages) else None,
+        "peak_bytes": peak_bytes(),
+        "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def seconds_per_step(trainer: Trainer, active: ActiveStage) -> float:
+    """The median of timed pieces of training."""
+
+    def timed(steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            trainer.advance(active)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter() - started
+
+    timed(WARM_UP_STEPS)
+    size = max(1, round(BLOCK_SECONDS / max(timed(1), 1e-4)))
+    blocks: list[float] = []
+    while len(blocks) < BLOCKS[0] or (len(blocks) < BLOCKS[1] and sum(blocks) < MEASURED_SECONDS):
+        blocks.append(timed(size))
+    return statistics.median(blocks) / size
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had. `ru_maxrss` would count that of the process which started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

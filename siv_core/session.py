@@ -152,7 +152,7 @@ def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, wat
     for name, metric in built.metrics().items():
         for need in metric.needs():
             watcher.say(f"metric {name}: will be skipped in part: {need}")
-    _set_precision(read.train)
+    set_precision(read.train)
     found = _run_dir(read, request, processes, watcher)
     with found.locked() if processes.main else nullcontext():
         try:
@@ -341,7 +341,8 @@ def _close(found: RunDir, processes: parallel.Parallel, state: str, counters: An
         watcher.say(line)
 
 
-def _set_precision(train: recipe.Train) -> None:
+def set_precision(train: recipe.Train) -> None:
+    """What a recipe says of the arithmetic, for this process."""
     torch.set_float32_matmul_precision("high" if train.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = train.precision == "tf32"
     if train.deterministic:

@@ -114,12 +114,7 @@ class Trainer:
             active.set_fade(counters.step)
 
             # The step
-            self.step(active)
-            images_before = counters.images_seen
-            counters.step += 1
-            counters.images_seen += active.plan.batch
-            for follower in self.followers:
-                follower.follow(self.players[follower.rule.of].module, images_before, counters.images_seen)
+            self.advance(active)
             self.observer.stepped(counters.step, total, counters.images_seen)
 
             # What is due. Only counters decide, but for the wish to stop: that ends a run, it does not change it.
@@ -138,6 +133,15 @@ class Trainer:
             if over:
                 return "stopped"
         return "finished"
+
+    def advance(self, active: ActiveStage) -> None:
+        """One step, its count, and the shadows after it."""
+        self.step(active)
+        images_before = self.counters.images_seen
+        self.counters.step += 1
+        self.counters.images_seen += active.plan.batch
+        for follower in self.followers:
+            follower.follow(self.players[follower.rule.of].module, images_before, self.counters.images_seen)
 
     def step(self, active: ActiveStage) -> None:
         """One step: the same batch and noise for every phase, each phase moving its players alone."""
