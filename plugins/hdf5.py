@@ -16,9 +16,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, option
+from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hdf5, hookimpl, option
+from siv_core.errors import one_line
 
-BLOCK = 256  # images converted at a time
+MOST_IN_BLOCK, BLOCK_BYTES = 256, 16 << 20  # images converted at a time
 
 
 @frozen
@@ -43,20 +44,14 @@ class HDF5Images:
             return f"there is no file {self.source}; set data.path"
         return None
 
-    @cached_property
-    def _native(self) -> bool:
-        import h5py
-
-        try:
-            with h5py.File(self.source, "r") as file:
-                return bool(file.attrs.get("format") == datafile.FORMAT and "complete" in file.attrs)
-        except OSError as error:
-            raise UserError(f"{self.source}: no HDF5 file that can be read ({error})") from error
+    @property
+    def _looked(self) -> datafile.Looked:
+        return datafile.look(self.source, self.config.images, self.config.labels)
 
     @property
     def path(self) -> Path:
         """The file of format 1 behind this data set; a conversion is named after what it was made from."""
-        if self._native:
+        if self._looked.native:
             return self.source
         about = self.source.stat()
         key = (
@@ -67,57 +62,55 @@ class HDF5Images:
             self.config.layout,
             self.config.labels,
         )
-        return files.data_root() / "hdf5" / f"{self.source.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.h5"
+        return files.data_root() / "hdf5" / f"{self.source.stem[:60]}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.h5"
 
     def prepare(self, progress: Progress) -> None:
-        if self._native or self.path.exists():
+        looked = self._looked
+        if looked.native or self.path.exists():
             return
-        import h5py
+        n, height, width, channels = self._order(looked)
+        row = channels * height * width * looked.facts["itemsize"]
+        block = max(1, min(MOST_IN_BLOCK, BLOCK_BYTES // row))
+        datafile.write(
+            self.path,
+            shape=(n, channels, height, width),
+            block=block,
+            produce=lambda numbers: self._blocks(looked, block, numbers),
+            progress=progress,
+            source=f"converted from {one_line(self.source.name)}: {looked.facts['about']}",
+            labels=looked.columns.get("labels"),
+        )
 
-        with h5py.File(self.source, "r") as file:
-            images = datafile.own_dataset(file, self.config.images, self.source)
-            self._check(images)
-            n, height, width, channels = _order(images.shape, self.config.layout)
-            datafile.write(
-                self.path,
-                shape=(n, channels, height, width),
-                block=BLOCK,
-                produce=lambda numbers: self._blocks(images, numbers),
-                progress=progress,
-                source=f"converted from {self.source.name}: {images}",
-                labels=self._labels(file, n),
-            )
-
-    def _check(self, images: Any) -> None:
-        """The layout and type that can be converted, before anything is read."""
-        fits = images.ndim == len(self.config.layout) and all(images.shape)
-        if not fits or (images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating)):
+    def _order(self, looked: datafile.Looked) -> tuple[int, int, int, int]:
+        """(N, H, W, C), of the layout and type that can be converted, before anything is read."""
+        shape = looked.facts["shape"]
+        fits = len(shape) == len(self.config.layout) and all(shape)
+        if not fits or (looked.facts["dtype"] != "uint8" and looked.facts["kind"] != "f"):
             raise UserError(
-                f"{self.source}: '{self.config.images}' must be uint8 or float in [0, 1] with the axes {self.config.layout},"
-                f" not empty; it is {images}. Set data.images and data.layout"
+                f"{one_line(self.source)}: '{self.config.images}' must be uint8 or float in [0, 1] with the axes"
+                f" {self.config.layout}, not empty; it is {looked.facts['about']}. Set data.images and data.layout"
             )
+        sizes = dict(zip(self.config.layout, shape, strict=True))
+        return sizes["N"], sizes["H"], sizes["W"], sizes.get("C", 1)
 
-    def _blocks(self, images: Any, numbers: list[int]) -> Iterator[datafile.Block]:
-        for number in numbers:
-            block = images[number * BLOCK : (number + 1) * BLOCK]
-            if block.dtype != np.uint8:
-                if not np.isfinite(block).all() or block.min() < 0 or block.max() > 1:
-                    rows = f"{number * BLOCK} … {number * BLOCK + len(block) - 1}"
-                    raise UserError(
-                        f"{self.source}: images {rows} of '{self.config.images}' hold values outside [0, 1] or no numbers"
-                    )
-                block = np.rint(block * 255).astype(np.uint8)
-            if self.config.layout == "NHW":
-                block = block[:, None]
-            yield number, block.transpose(0, 3, 1, 2) if self.config.layout == "NHWC" else block
+    def _blocks(self, looked: datafile.Looked, block: int, numbers: list[int]) -> Iterator[datafile.Block]:
+        like = [looked.facts["shape"], looked.facts["dtype"]]
+        for answer, rows in hdf5.ask(self.source, "blocks", images=self.config.images, like=like, block=block, numbers=numbers):
+            assert rows is not None
+            yield answer["block"], self._converted(rows, answer["block"] * block)
 
-    def _labels(self, file: Any, n: int) -> NDArray[np.int64] | None:
-        if self.config.labels not in file:
-            return None
-        labels = datafile.own_dataset(file, self.config.labels, self.source)[()].reshape(-1)
-        if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
-            raise UserError(f"{self.source}: '{self.config.labels}' must be {n} whole numbers from 0 on, one for each image")
-        return labels.astype(np.int64)
+    def _converted(self, rows: NDArray[Any], first: int) -> NDArray[np.uint8]:
+        """uint8 [n, C, H, W] of rows as they are stored, the first of which has this number."""
+        if rows.dtype != np.uint8:
+            if not np.isfinite(rows).all() or rows.min() < 0 or rows.max() > 1:
+                raise UserError(
+                    f"{one_line(self.source)}: images {first} … {first + len(rows) - 1} of '{self.config.images}' hold values"
+                    " outside [0, 1] or no numbers; `siv data check` counts them"
+                )
+            rows = np.rint(rows * 255).astype(np.uint8)
+        if self.config.layout == "NHW":
+            rows = rows[:, None]
+        return rows.transpose(0, 3, 1, 2) if self.config.layout == "NHWC" else rows
 
     @cached_property
     def _table(self) -> datafile.Table:
@@ -132,13 +125,8 @@ class HDF5Images:
             shape, labels = self._table.images.shape[1:], self._table.labels
             factors, value_range = self._table.factor_sizes or {}, self._table.value_range
         else:
-            import h5py
-
-            with h5py.File(self.source, "r") as file:
-                images = datafile.own_dataset(file, self.config.images, self.source)
-                self._check(images)
-                n, height, width, channels = _order(images.shape, self.config.layout)
-                labels = self._labels(file, n)
+            _, height, width, channels = self._order(self._looked)
+            labels = self._looked.columns.get("labels")
             shape, factors, value_range = (channels, height, width), {}, (0.0, 1.0)
         classes = None if labels is None else int(labels.max()) + 1
         size = (self.config.size,) * 2 if self.config.size else shape[1:]
@@ -165,12 +153,6 @@ class HDF5Images:
 
     def fingerprint(self) -> str:
         return self._table.sha256
-
-
-def _order(shape: tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
-    """(N, H, W, C) from a shape in this layout."""
-    sizes = dict(zip(layout, shape, strict=True))
-    return sizes["N"], sizes["H"], sizes["W"], sizes.get("C", 1)
 
 
 def build(config: HDF5Config) -> HDF5Images:

@@ -8,24 +8,25 @@ on where it stopped, and nothing half-written bears the file's own name. `FILE.l
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import math
 import os
+import shutil
+import stat
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import files
-from siv_core.errors import UserError
+from siv_core import files, hdf5
+from siv_core.errors import UserError, one_line
+from siv_core.hdf5 import FORMAT
 from siv_core.protocols import Progress, Rows
-
-FORMAT = 1
-BUILT_IN_FILTERS = {"gzip", "lzf", "shuffle", "fletcher32", "scaleoffset"}
-
-COLUMNS = {"labels": 1, "factors": 2, "split": 1}  # name -> number of axes
 
 Block = tuple[int, NDArray[np.uint8]]
 
@@ -68,6 +69,8 @@ def write(
     with files.alone(path, lambda: progress(wait, 0, 1)) as waited:
         if waited:
             progress(wait, 1, 1)
+        for left in path.parent.glob(f"{files.TEMPORARY}*-{glob.escape(path.name)}*"):  # of a process that was killed
+            left.unlink()
         if not path.exists():
             images = _grow(path, shape, block, produce, progress, source)
             _write_whole(path, Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split))
@@ -91,37 +94,53 @@ def _grow(
     """All images, in the partial file, from where an interrupted preparation stopped."""
     partial, journal = _partial(path)
     count = -(-shape[0] // block)
+    row = math.prod(shape[1:])
     key = {"format": FORMAT, "source": source, "shape": list(shape), "block": block}
-    done = _journal(journal, key) if partial.exists() and partial.stat().st_size == int(np.prod(shape)) else set()
+    done = _journal(journal, key, count) if partial.exists() and partial.stat().st_size == shape[0] * row else set()
+    _need_room(path, 2 * shape[0] * row - len(done) * block * row)
     what = f"preparing {path.name}"
     progress(what, len(done), count)
-    images: NDArray[np.uint8] = np.memmap(partial, np.uint8, "r+" if done else "w+", shape=shape)
-    try:
-        for number, rows in produce([number for number in range(count) if number not in done]):
-            images[number * block : (number + 1) * block] = rows
-            done.add(number)
-            if len(done) % 8 == 0:
-                _note(images, journal, key, done)
-            progress(what, len(done), count)
-    finally:
-        _note(images, journal, key, done)
+    with partial.open("r+b" if done else "w+b") as file:  # a mapped file would end the process where the disk is full
+        file.truncate(shape[0] * row)
+        try:
+            for number, rows in produce([number for number in range(count) if number not in done]):
+                file.seek(number * block * row)
+                file.write(np.ascontiguousarray(rows, dtype=np.uint8).data)
+                done.add(number)
+                if len(done) % 8 == 0:
+                    _note(file, journal, key, done)
+                progress(what, len(done), count)
+        finally:
+            _note(file, journal, key, done)
     if len(done) < count:
         raise RuntimeError(f"{path}: {count - len(done)} of {count} blocks were not produced")
-    return images
+    return np.memmap(partial, np.uint8, "r", shape=shape)
 
 
-def _journal(path: Path, key: dict[str, Any]) -> set[int]:
+def _need_room(path: Path, size: int) -> None:
+    """A disk that is too small is told of before it is full: the images are there twice when the file itself is written."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        reason = f"making it takes {size / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
+        raise UserError(f"{one_line(path)}: {reason}; make room there, or set SIV_DATA to a folder on another disk")
+
+
+def _journal(path: Path, key: dict[str, Any], count: int) -> set[int]:
+    """The blocks that are on disk; none where the journal is damaged or another file's."""
     try:
         noted = files.read_json(path)
     except UserError:
         return set()
-    return set(noted["done"]) if {name: noted.get(name) for name in key} == key else set()
+    if not isinstance(noted, dict) or {name: noted.get(name) for name in key} != key:
+        return set()
+    done = noted.get("done")
+    return set(done) if isinstance(done, list) and all(type(n) is int and 0 <= n < count for n in done) else set()
 
 
-def _note(images: NDArray[np.uint8], journal: Path, key: dict[str, Any], done: set[int]) -> None:
+def _note(file: BinaryIO, journal: Path, key: dict[str, Any], done: set[int]) -> None:
     """The images first, then that they are there."""
-    if isinstance(images, np.memmap):
-        images.flush()
+    file.flush()
+    os.fsync(file.fileno())
     files.write_json(journal, {**key, "done": sorted(done)})
 
 
@@ -150,30 +169,50 @@ def _write_whole(path: Path, table: Table) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@frozen(eq=False)
+class Looked:
+    """What a file holds, as `hdf5.look` tells it."""
+
+    facts: dict[str, Any]
+    columns: dict[str, NDArray[np.int64]]
+
+    @property
+    def native(self) -> bool:
+        """Whether it is of format 1."""
+        return bool(self.facts["native"])
+
+
+def look(path: Path, images: str = "images", labels: str = "labels") -> Looked:
+    """What `path` holds, found out by a child process, once for each state of the file."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{one_line(path)}: is no regular file")
+    except OSError as error:
+        raise UserError(f"{one_line(path)}: cannot be read ({error.strerror})") from error
+    return _look(path, images, labels, (about.st_size, about.st_mtime_ns, about.st_ino))
+
+
+@lru_cache(maxsize=8)
+def _look(path: Path, images: str, labels: str, state: tuple[int, int, int]) -> Looked:
+    (facts, _), *rest = hdf5.ask(path, "look", images=images, labels=labels)
+    return Looked(facts, {answer["column"]: values for answer, values in rest if values is not None})
+
+
 def read(path: Path) -> Table:
     """Open a file of format 1. Whatever could lead outside the file, or is not as the format says, is a `UserError`."""
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("format") != FORMAT or not file.attrs.get("complete", False):
-                raise UserError(f"{path}: no complete data file of format {FORMAT}; `siv data check {path}` says more")
-            images = own_dataset(file, "images", path)
-            if images.dtype != np.uint8 or images.ndim != 4 or images.chunks is not None or not images.size:
-                raise UserError(f"{path}: images must be uint8 [N, C, H, W], contiguous, not empty; it is {images}")
-            shape, offset = images.shape, images.id.get_offset()
-            if offset is None:
-                raise UserError(f"{path}: 'images' is announced, but nothing was ever written to it")
-            arrays = {name: _column(file, name, path, shape[0], axes) for name, axes in COLUMNS.items()}
-            sizes = None if arrays["factors"] is None else _factor_sizes(file, path, arrays["factors"])
-            low, high = (float(value) for value in file.attrs["value_range"])
-            source, sha256 = str(file.attrs["source"]), str(file.attrs["sha256"])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a data file ({error})") from error
-    # copy-on-write: torch wants writable memory, the file is never written to
-    mapped: NDArray[np.uint8] = np.memmap(path, np.uint8, "c", offset=offset, shape=shape)
-    labels, factors, split = arrays["labels"], arrays["factors"], arrays["split"]
-    return Table(mapped, source, sha256, (low, high), labels, factors, sizes, None if split is None else split.astype(np.uint8))
+    looked = look(path)
+    if not looked.native:
+        raise UserError(f"{one_line(path)}: no complete data file of format {FORMAT}; `siv data check` says more")
+    facts = looked.facts
+    try:  # copy-on-write: torch wants writable memory, the file is never written to
+        images: NDArray[np.uint8] = np.memmap(path, np.uint8, "c", offset=facts["offset"], shape=tuple(facts["shape"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{one_line(path)}: its images cannot be mapped into memory ({error})") from error
+    labels, factors, split = (values if values is None else values.copy() for values in map(looked.columns.get, hdf5.COLUMNS))
+    low, high = facts["value_range"]
+    short = None if split is None else split.astype(np.uint8)
+    return Table(images, facts["source"], facts["sha256"], (low, high), labels, factors, facts["factor_sizes"], short)
 
 
 def held_out_groups(group: NDArray[np.int64], held_out: int, seed: int) -> list[int]:
@@ -198,65 +237,58 @@ def rows_by_group(table: Table, group: NDArray[np.int64], held_out: int, seed: i
     return Rows(torch.from_numpy(table.images), labels, factors, torch.from_numpy(index))
 
 
-def own_dataset(file: Any, name: str, path: Path) -> Any:
-    """The data set `name` if its bytes lie in this very file: no link, external storage, virtual set or foreign filter."""
-    import h5py
+def check(path: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+    """What is in an HDF5 file after reading every byte of it; what makes it unusable is in the list `problems`.
 
-    if name not in file:
-        raise UserError(f"{path}: has no data set '{name}'; it has: {', '.join(file) or 'nothing'}")
-    parts = name.strip("/").split("/")
-    steps = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    if not all(isinstance(file.get(step, getlink=True), h5py.HardLink) for step in steps):
-        raise UserError(f"{path}: '{name}' is a link; only data inside the file itself is read")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise UserError(f"{path}: '{name}' is no data set")
-    if dataset.external or dataset.is_virtual:
-        raise UserError(f"{path}: '{name}' lies in other files; only data inside the file itself is read")
-    foreign = set(filters_of(dataset)) - BUILT_IN_FILTERS
-    if foreign:
-        raise UserError(f"{path}: '{name}' needs the filter {', '.join(sorted(foreign))}; only HDF5's own are used")
-    return dataset
-
-
-def filters_of(dataset: Any) -> list[str]:
-    """Names of the filters its chunks go through."""
-    known = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
-    plist = dataset.id.get_create_plist()
-    codes = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-    return [known.get(code, f"number {code}") for code in codes]
+    `datasets` has a line for each data set and link. Of format 1 there is what training would be told as well; of other files
+    the options of the data set `hdf5` that would read them.
+    """
+    report: dict[str, Any] = {"path": str(path), "kind": "HDF5", "format": None, "datasets": [], "problems": []}
+    try:
+        looked = _surveyed(path, report, progress)
+    except UserError as error:
+        report["problems"] += error.problems
+        return report
+    if looked:
+        report["format"] = FORMAT
+        _check_format_1(path, report, progress)
+    else:
+        _check_foreign(path, report)
+    return report
 
 
-def _column(file: Any, name: str, path: Path, n: int, axes: int) -> NDArray[np.int64] | None:
-    if name not in file:
-        return None
-    values = own_dataset(file, name, path)[()]
-    if not np.issubdtype(values.dtype, np.integer) or values.ndim != axes or len(values) != n or (values < 0).any():
-        rows = f"{n} rows of whole numbers from 0 on, as many as there are images, with {axes} axes"
-        raise UserError(f"{path}: '{name}' must be {rows}; it is {values.dtype} {list(values.shape)}")
-    return np.ascontiguousarray(values, dtype=np.int64)
+def _surveyed(path: Path, report: dict[str, Any], progress: Progress) -> bool:
+    """Fill in `datasets` and what leads outside or cannot be read; whether the file is of format 1."""
+    native = False
+    if not path.is_file():
+        raise UserError(f"{one_line(path)}: there is no such file")
+    for answer, _ in hdf5.ask(path, "survey"):
+        if "what" in answer:
+            progress(answer["what"], answer["done"], answer["total"])
+        elif "native" in answer:
+            native = answer["native"]
+        else:
+            report["datasets"].append(answer)
+            if answer.get("problem"):
+                report["problems"].append(f"{one_line(path)}: '{one_line(answer['name'])}' {answer['problem']}")
+    return native
 
 
-def _factor_sizes(file: Any, path: Path, values: NDArray[np.int64]) -> dict[str, int]:
-    attributes = file["factors"].attrs
-    names = [name.decode() if isinstance(name, bytes) else str(name) for name in attributes["names"]]
-    sizes = [int(size) for size in attributes["sizes"]]
-    if not len(set(names)) == len(names) == len(sizes) == values.shape[1]:
-        raise UserError(f"{path}: the attributes names and sizes of 'factors' do not fit its {values.shape[1]} columns")
-    if (values >= sizes).any():
-        raise UserError(f"{path}: 'factors' has values beyond its sizes {sizes}")
-    return dict(zip(names, sizes, strict=True))
-
-
-def check(path: Path) -> dict[str, Any]:
-    """What is in a data file, after reading every byte of it; a `UserError` when its images are not those that were written."""
-    table = read(path)
+def _check_format_1(path: Path, report: dict[str, Any], progress: Progress) -> None:
+    try:
+        table = read(path)
+    except UserError as error:
+        report["problems"] += [problem for problem in error.problems if problem not in report["problems"]]
+        return
+    progress(f"checking the sha256 of {one_line(path.name)}", 0, 1)
     actual = _sha256(table.images)
+    progress(f"checking the sha256 of {one_line(path.name)}", 1, 1)
     if actual != table.sha256:
-        raise UserError(f"{path}: damaged, the images' sha256 is {actual}, the file was written with {table.sha256}")
-    return {
-        "path": str(path),
+        reason = f"damaged, the images' sha256 is {actual}, the file was written with {table.sha256}"
+        report["problems"].append(f"{one_line(path)}: {reason}; remove it, so that it is made again")
+    report |= {
         "images": list(table.images.shape),
+        "value_range": list(table.value_range),
         "source": table.source,
         "sha256": table.sha256,
         "factors": table.factor_sizes or {},
@@ -265,6 +297,43 @@ def check(path: Path) -> dict[str, Any]:
         "lowest": int(table.images.min()),
         "highest": int(table.images.max()),
     }
+
+
+def _check_foreign(path: Path, report: dict[str, Any]) -> None:
+    """Which data sets the data set `hdf5` could take for images, and why it could not."""
+    able, reasons = [], []
+    for entry in report["datasets"]:
+        why, layout = _as_images(entry)
+        if why is None:
+            able.append(f'path = "{one_line(path)}", images = "{one_line(entry["name"])}", layout = "{layout}"')
+        elif not entry.get("problem"):
+            reasons.append(f"{one_line(path)}: '{one_line(entry['name'])}' cannot be images: {why}")
+    report["options"] = able
+    if not able:
+        report["problems"] += reasons or ([] if report["problems"] else [f"{one_line(path)}: holds no data sets at all"])
+    by_name = {entry["name"]: entry for entry in report["datasets"]}
+    if "images" in by_name and "labels" in by_name and _as_images(by_name["images"])[0] is None:
+        try:
+            look(path)
+        except UserError as error:  # of the labels
+            report["problems"] += [problem for problem in error.problems if problem not in report["problems"]]
+
+
+def _as_images(entry: dict[str, Any]) -> tuple[str | None, str]:
+    """(why these are no images, "") or (None, their layout)."""
+    shape, dtype = entry.get("shape", []), entry.get("dtype")
+    if entry.get("problem"):
+        return entry["problem"], ""
+    if len(shape) not in (3, 4) or not all(shape):
+        return f"they have 3 or 4 axes and are not empty, it is {shape}", ""
+    if dtype != "uint8" and entry["kind"] != "f":
+        return f"they are uint8 or float, it is {dtype}", ""
+    if dtype != "uint8" and entry["not_finite"]:
+        return f"{entry['not_finite']} of its values are not finite", ""
+    if dtype != "uint8" and not 0 <= entry["lowest"] <= entry["highest"] <= 1:
+        return f"floats are in [0, 1], it goes from {entry['lowest']:g} to {entry['highest']:g}", ""
+    last = len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
+    return None, "NHW" if len(shape) == 3 else "NHWC" if last else "NCHW"
 
 
 def _sha256(images: NDArray[np.uint8]) -> str:

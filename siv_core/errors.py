@@ -48,3 +48,8 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def one_line(text: object) -> str:
+    """Text that every terminal takes, on one line: control characters and the undecodable bytes of file names as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

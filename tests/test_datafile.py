@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from siv_core import datafile
+from siv_core import datafile, hdf5
 from siv_core.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 5), dtype=np.uint8)
@@ -118,7 +118,7 @@ TWO = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from siv_core import datafile
+from siv_core import datafile, hdf5
 
 def produce(numbers):
     for number in numbers:
@@ -192,8 +192,8 @@ def test_a_flipped_byte_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[offset + 100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="damaged, the images' sha256 is"):
-        datafile.check(path)
+    [problem] = datafile.check(path)["problems"]
+    assert "damaged, the images' sha256 is" in problem
 
 
 def make(path: Path, **changes: Any) -> None:
@@ -243,10 +243,14 @@ def virtual(file: h5py.File) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "no complete data file of format 1"),
-        ({"complete": False}, "no complete data file of format 1"),
-        ({"value_range": 1.0}, "cannot be read as a data file"),
-        ({"value_range": (0.0, 1.0, 2.0)}, "cannot be read as a data file"),
+        ({"complete": False}, "is not complete; remove it, so that it is made again"),
+        ({"value_range": 1.0}, "cannot be read as an HDF5 file"),
+        ({"value_range": (1.0, 1.0)}, "value_range must be two finite numbers, the lower one first"),
+        ({"value_range": (0.0, float("nan"))}, "value_range must be two finite numbers"),
+        ({"split": np.full(10, 2)}, r"'split' must be 0 \(train\) or 1 \(held out\)"),
+        ({"labels": np.full(10, 2**63, np.uint64)}, "'labels' must be .* below 1,000,000"),
+        ({"factors": np.zeros((10, 1), int), "attributes": {"names": ["a"], "sizes": [2**40]}}, "or these beyond 1000000"),
+        ({"value_range": (0.0, 1.0, 2.0)}, "cannot be read as an HDF5 file"),
         ({"images": IMAGES.astype(np.float32)}, r"images must be uint8 \[N, C, H, W\]"),
         ({"images": IMAGES[0]}, r"images must be uint8 \[N, C, H, W\]"),
         ({"images": IMAGES[:0]}, "not empty"),
@@ -268,7 +272,7 @@ def virtual(file: h5py.File) -> None:
         ({"factors": np.zeros(10, int), "attributes": {"names": ["a"], "sizes": [1]}}, "'factors'"),
         ({"factors": np.zeros((10, 2), int), "attributes": {"names": ["a"], "sizes": [1]}}, "do not fit its 2 columns"),
         ({"factors": np.zeros((10, 1), int), "attributes": {"names": ["a"], "sizes": [1, 2]}}, "do not fit its 1 columns"),
-        ({"factors": np.zeros((10, 1), int), "attributes": {"names": ["a"]}}, "cannot be read as a data file"),
+        ({"factors": np.zeros((10, 1), int), "attributes": {"names": ["a"]}}, "cannot be read as an HDF5 file"),
         ({"factors": np.full((10, 1), 3), "attributes": {"names": ["a"], "sizes": [3]}}, "beyond"),
     ],
 )
@@ -276,7 +280,7 @@ def test_what_is_not_as_the_format_says(tmp_path, changes, words):
     path = tmp_path / "own.h5"
     make(path, **changes)
     with pytest.raises(UserError, match=words) as error:
-        datafile.read(path)
+        list(hdf5.look(path, "images", "labels"))  # what the child does, without starting one each time
     assert str(path) in str(error.value)
 
 
@@ -295,8 +299,16 @@ def test_what_is_no_hdf5(tmp_path, content):
         path.write_bytes(path.read_bytes()[:-100])
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"own.h5: cannot be read as a data file"):
+    with pytest.raises(
+        UserError, match=r"own.h5: cannot be read \(No such file" if content is None else "cannot be read as an HDF5"
+    ):
         datafile.read(path)
+
+
+def test_another_files_format_is_told(tmp_path):
+    make(tmp_path / "own.h5", format=2)
+    with pytest.raises(UserError, match="no complete data file of format 1; `siv data check` says more"):
+        datafile.read(tmp_path / "own.h5")
 
 
 def test_whole_groups_are_held_out(tmp_path):
@@ -312,3 +324,76 @@ def test_whole_groups_are_held_out(tmp_path):
     for wrong in (0, 5):
         with pytest.raises(UserError, match="of 5 groups cannot be held out"):
             datafile.rows_by_group(table, table.labels, wrong, 0, "train")
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path):
+    make(tmp_path / "own.h5", labels=np.arange(9), split=np.full(10, 3), value_range=(2.0, 1.0))
+    with pytest.raises(UserError) as caught:
+        datafile.read(tmp_path / "own.h5")
+    assert [problem.split(": ")[1][:12] for problem in caught.value.problems] == ["'labels' mus", "'split' must", "the attribut"]
+
+
+def test_a_file_is_looked_at_once_and_again_after_a_change(tmp_path, monkeypatch):
+    path, asked = tmp_path / "own.h5", []
+    real = hdf5.ask
+    monkeypatch.setattr(hdf5, "ask", lambda *what, **more: asked.append(what) or real(*what, **more))
+    write(path)
+    first, second = datafile.read(path), datafile.read(path)
+    assert len(asked) == 1
+    first.images[0] = 7  # what one reader does to its mapping no other one sees
+    assert (second.images == IMAGES).all()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cannot be read as an HDF5 file"):
+        datafile.read(path)
+
+
+@pytest.mark.parametrize("journal", ["[]", '{"done": 3}', "7", '"x"', '{"done": [0, "1"]}', '{"done": [-1]}', '{"done": [4]}'])
+def test_a_journal_of_nonsense_starts_over(tmp_path, journal):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "own.h5", Maker(2))
+    noted = tmp_path / "own.h5.partial.json"
+    was, odd = json.loads(noted.read_text()), json.loads(journal)
+    noted.write_text(json.dumps({**was, **odd} if isinstance(odd, dict) else odd))
+    again = Maker()
+    write(tmp_path / "own.h5", again)
+    assert again.asked == [0, 1, 2, 3]
+    assert (datafile.read(tmp_path / "own.h5").images == IMAGES).all()
+
+
+def test_what_a_killed_writer_left_is_taken_away(tmp_path):
+    for name in ("own.h5", "own.h5.partial.json"):
+        (tmp_path / f".siv-tmp-123-{name}").write_bytes(b"half")
+    (tmp_path / ".siv-tmp-123-other.h5").write_bytes(b"somebody else's")
+    write(tmp_path / "own.h5")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".siv-tmp-123-other.h5", "own.h5"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path):
+    with pytest.raises(
+        UserError, match=r"making it takes 2,048.0 GiB, its disk has [\d,.]+ GiB free; make room there, or set SIV_DATA"
+    ):
+        datafile.write(
+            tmp_path / "own.h5", shape=(1 << 20, 1, 1 << 10, 1 << 10), block=1, produce=Maker(), progress=quiet, source="x"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_an_error_and_nothing_is_lost(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: a mapped file would end the process by a signal there."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+import numpy as np
+from siv_core import datafile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+blocks = lambda numbers: ((i, np.zeros(({BLOCK}, *{IMAGES.shape[1:]}), np.uint8)) for i in numbers)
+datafile.write(Path({str(tmp_path / "own.h5")!r}), shape={IMAGES.shape}, block={BLOCK}, produce=blocks,
+               progress=lambda *told: None, source="made up")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "OSError: [Errno 27]" in done.stderr
+    assert not (tmp_path / "own.h5").exists()
+    write(tmp_path / "own.h5")
+    assert (datafile.read(tmp_path / "own.h5").images == IMAGES).all()

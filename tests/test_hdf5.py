@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from siv_core import datafile, feed
+from siv_core import hdf5 as reader
 from siv_core.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -192,16 +196,29 @@ def bad(value: float) -> np.ndarray:
         ({"images": bad(float("nan"))}, {}, "or no numbers"),
         ({"images": bad(float("inf"))}, {}, "or no numbers"),
         ({"pictures": IMAGES}, {}, "has no data set 'images'; it has: pictures"),
-        ({"images": IMAGES, "labels": np.arange(299)}, {}, "'labels' must be 300 whole numbers from 0 on"),
-        ({"images": IMAGES, "labels": np.arange(300) - 1}, {}, "'labels' must be 300 whole numbers from 0 on"),
-        ({"images": IMAGES, "labels": np.arange(300) / 2}, {}, "'labels' must be 300 whole numbers from 0 on"),
+        (
+            {"images": IMAGES, "labels": np.arange(299)},
+            {},
+            r"'labels' must be 300 whole numbers from 0 on and below 1,000,000, one for each image; it is",
+        ),
+        (
+            {"images": IMAGES, "labels": np.arange(300) - 1},
+            {},
+            r"'labels' must be 300 whole numbers from 0 on and below 1,000,000, one for each image; it is",
+        ),
+        ({"images": IMAGES, "labels": np.full(300, 2**62)}, {}, r"below 1,000,000"),
+        (
+            {"images": IMAGES, "labels": np.arange(300) / 2},
+            {},
+            r"'labels' must be 300 whole numbers from 0 on and below 1,000,000, one for each image; it is",
+        ),
     ],
 )
 def test_what_cannot_be_converted(hdf5, arrays, options, words):
     data = hdf5(arrays, **options)
     with pytest.raises(UserError, match=words):
         data.prepare(quiet)
-    assert not data.path.exists()
+    assert not list((data.source.parent / "data").rglob("*.h5"))
 
 
 def test_what_is_no_file(hdf5, tmp_path):
@@ -210,7 +227,7 @@ def test_what_is_no_file(hdf5, tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         _ = data.spec
     (tmp_path / "own.h5").write_text("no HDF5")
-    with pytest.raises(UserError, match="no HDF5 file that can be read"):
+    with pytest.raises(UserError, match=r"own.h5: cannot be read as an HDF5 file \(.*file signature not found"):
         hdf5().prepare(quiet)
 
 
@@ -232,3 +249,181 @@ def test_the_home_folder_is_meant_by_a_tilde(catalogue, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     component = catalogue.get("dataset", "hdf5")
     assert component.build(component.config(path="~/x.h5")).source == Path(tmp_path / "x.h5")
+
+
+# -- files that are out to do harm -----------------------------------------------------------------------------------------------
+
+
+def hostile(file: h5py.File, how: str) -> None:
+    folder = Path(file.filename).parent
+    if how == "soft link":
+        file["images"] = h5py.SoftLink("/images")  # to itself
+    elif how == "soft loop":
+        file["a"], file["images"] = h5py.SoftLink("/images"), h5py.SoftLink("/a")
+    elif how == "external link":
+        file["images"] = h5py.ExternalLink("/etc/passwd", "/x")
+    elif how == "hard loop":
+        file.create_group("g")["g"] = file["/"]
+    elif how == "external storage":
+        file.create_dataset("images", (20, 1, 2, 2), np.uint8, external=[("/etc/passwd", 0, 80)])
+    elif how == "virtual":
+        os.mkfifo(folder / "pipe.h5")  # opening it would wait for ever
+        layout = h5py.VirtualLayout((20, 1, 2, 2), np.uint8)
+        layout[:] = h5py.VirtualSource(str(folder / "pipe.h5"), "images", (20, 1, 2, 2))
+        file.create_virtual_dataset("images", layout)
+    else:
+        storage(file, how)
+
+
+def storage(file: h5py.File, how: str) -> None:
+    if how == "foreign filter":
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk((20, 1, 2, 2))
+        plist.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))  # zstd, which is not here
+        space = h5py.h5s.create_simple((20, 1, 2, 2))
+        h5py.h5d.create(file.id, b"images", h5py.h5t.NATIVE_UINT8, space, plist)
+    elif how == "announced":
+        file.create_dataset("images", (1 << 20, 3, 1 << 10, 1 << 10), np.uint8, chunks=(1, 3, 1 << 10, 1 << 10))
+        file["images"][7] = 1
+    elif how == "nothing written":
+        file.create_dataset("images", (1 << 30, 3, 1 << 10, 1 << 10), np.uint8)
+    elif how == "terabytes":
+        side = (1 << 16) - 1
+        images = file.create_dataset("images", (300, 1, side, side), np.uint8, chunks=(1, 1, side, side), compression="gzip")
+        for i in range(300):
+            images.id.write_direct_chunk((i, 0, 0, 0), zlib.compress(b""))
+    elif how == "a huge chunk":
+        side = 50_000
+        images = file.create_dataset("images", (1, 1, side, side), np.uint8, chunks=(1, 1, side, side), compression="gzip")
+        images.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(b""))
+    elif how == "a damaged chunk":
+        images = file.create_dataset("images", data=IMAGES, chunks=(100, 3, 4, 6), compression="gzip")
+        images.id.write_direct_chunk((100, 0, 0, 0), b"no deflate")
+    elif how == "strings":
+        file["images"] = ["a", "b"]
+    elif how == "objects":
+        file.create_dataset("images", data=np.zeros((5, 1, 2, 2), [("a", int), ("b", float)]))
+
+
+HOSTILE = {
+    "soft link": "'images' is a link",
+    "soft loop": "'images' is a link",
+    "external link": "'images' is a link",
+    "hard loop": "has no data set 'images'; it has: g",
+    "external storage": "'images' lies in other files; only data inside the file itself is read",
+    "virtual": "'images' lies in other files",
+    "foreign filter": "'images' needs the filter number 32015; only HDF5's own are used",
+    "announced": "'images' is announced, but of its 1048576 chunks only 1 were ever written",
+    "nothing written": "'images' is announced, but nothing was ever written to it",
+    "terabytes": r"making it takes 2,3\d\d\.\d GiB, its disk has [\d.,]+ GiB free",
+    "a huge chunk": "an image or a chunk of it takes more memory than there is for reading",
+    "a damaged chunk": "cannot be read as an HDF5 file",
+    "strings": "'images' must be uint8 or float",
+    "objects": "'images' must be uint8 or float",
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_hostile_files_get_a_sentence(hdf5, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(reader, "MEMORY", 1 << 30)
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        hostile(file, how)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=HOSTILE[how]):
+        hdf5().prepare(quiet)
+    assert not list((tmp_path / "data").rglob("*.h5"))
+    report = datafile.check(tmp_path / "own.h5")
+    assert report["problems"] or how == "terabytes"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "data") == before
+
+
+def test_a_loop_of_groups_is_told_of(tmp_path):
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        hostile(file, "hard loop")
+    [problem] = datafile.check(tmp_path / "own.h5")["problems"]
+    assert "'g/g' leads back to a group that was listed already" in problem
+
+
+def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "own.h5"
+    os.mkfifo(path)
+    monkeypatch.setattr(reader, "SECONDS", 1)
+    with pytest.raises(
+        UserError, match="HDF5 reads in it for more than 1 s without an end, as in a damaged file; get the file again"
+    ):
+        list(reader.ask(path, "look", images="images", labels="labels"))
+    crashing = tmp_path / "python"
+    crashing.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr(reader.sys, "executable", str(crashing))
+    with pytest.raises(UserError, match=r"HDF5 broke down while it read it \(signal SIGSEGV\)"):
+        list(reader.ask(path, "look", images="images", labels="labels"))
+
+
+def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path):
+    code = "import sys, siv_core.hdf5; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (tmp_path / "h5py.py").write_text("print('somebody else')")  # in the folder one works in
+    (tmp_path / "own.h5").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read as an HDF5 file"):
+        list(reader.ask(tmp_path / "own.h5", "look", images="images", labels="labels"))
+
+
+def test_truncated_at_any_byte(tmp_path):
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file.create_dataset("images", data=IMAGES[:20], compression="gzip")
+    whole, path = (tmp_path / "whole.h5").read_bytes(), tmp_path / "own.h5"
+    for size in [*range(0, len(whole), max(1, len(whole) // 7)), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"own.h5: (cannot be read|'images' is truncated|HDF5 broke down)"):
+            list(reader.ask(path, "look", images="images", labels="labels"))
+
+
+# -- what `siv data check` tells -------------------------------------------------------------------------------------------------
+
+
+def test_check_counts_everything_in_a_file(tmp_path):
+    values = np.full((20, 2, 2, 3), 0.5, np.float32)
+    values[3, 1, 1] = [np.nan, np.inf, 0.25]
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["x/train"] = IMAGES.transpose(0, 2, 3, 1)
+        file["x/grey"] = IMAGES[:, 0]
+        file.create_dataset("bad", data=values, compression="gzip", chunks=(5, 2, 2, 3))
+        file["y"] = np.arange(300) - 5
+        file["notes"] = "made in May"
+    report = datafile.check(tmp_path / "own.h5")
+    sets = {entry["name"]: entry for entry in report["datasets"]}
+    assert sets["bad"] | {"problem": None} == sets["bad"]
+    told = ("shape", "dtype", "storage", "lowest", "highest", "not_finite")
+    assert [sets["bad"][key] for key in told] == [[20, 2, 2, 3], "float32", "chunks of [5, 2, 2, 3], gzip", 0.25, 0.5, 2]
+    assert [sets["y"][key] for key in told] == [[300], "int64", "contiguous", -5, 294, 0]
+    assert report["options"] == [
+        f'path = "{tmp_path / "own.h5"}", images = "x/grey", layout = "NHW"',
+        f'path = "{tmp_path / "own.h5"}", images = "x/train", layout = "NHWC"',
+    ]
+    assert report["problems"] == []
+    json.dumps(report)
+
+
+def test_check_says_why_nothing_can_be_images(tmp_path):
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["images"] = np.full((20, 1, 2, 2), 7.5)
+        file["few"] = [1, 2]
+        file["deep"] = np.zeros((20, 1, 2, 2), np.int32)
+        file["gap"] = np.full((20, 1, 2, 2), np.nan)
+        file["away"] = h5py.ExternalLink("other.h5", "/x")
+    problems = [problem.removeprefix(f"{tmp_path / 'own.h5'}: ") for problem in datafile.check(tmp_path / "own.h5")["problems"]]
+    assert problems == [
+        "'away' is a link to other.h5:/x; only data inside the file itself is read",
+        "'deep' cannot be images: they are uint8 or float, it is int32",
+        "'few' cannot be images: they have 3 or 4 axes and are not empty, it is [2]",
+        "'gap' cannot be images: 80 of its values are not finite",
+        "'images' cannot be images: floats are in [0, 1], it goes from 7.5 to 7.5",
+    ]
+
+
+def test_check_tells_of_labels_that_are_too_few(tmp_path):
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, np.arange(299)
+    [problem] = datafile.check(tmp_path / "own.h5")["problems"]
+    assert "'labels' must be 300 whole numbers" in problem
