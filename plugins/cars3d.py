@@ -7,8 +7,11 @@ In it `cars/list.txt` numbers the models, and `cars/STEM.mat` (MAT 5) holds `im`
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
+import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -22,6 +25,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, option
+from siv_core.errors import one_line
 
 ARCHIVE = "nips2015-analogy-data.tar.gz"
 URL = "http://www.scottreed.info/files/nips2015-analogy-data.tar.gz"  # the host offers no https: the digest is what protects
@@ -34,6 +38,7 @@ LAYOUT = (SIDE, SIDE, 3, AZIMUTHS, ELEVATIONS)  # of `im`
 MOST_DOWNLOADED = 1 << 30
 MOST_IN_A_FILE = 64 << 20
 MOST_IN_ALL_FILES = 4 << 30
+MOST_TIMES_SMALLER = 100  # an archive than what is in it: its images are compressed already
 CHUNK = 1 << 20
 KIB = 1024
 
@@ -50,27 +55,49 @@ class Folder:
     """A `cars/` that the user unpacked. `origin` is for the data file's `source`."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name, self.origin = path, str(path), "an unpacked folder of unknown digest"
+        self.path, self.name, self.origin = path, one_line(path), "an unpacked folder of unknown digest"
 
     def listing(self) -> tuple[str | None, list[str]]:
         """The text of list.txt, if it is there, and the stems of the MAT files."""
         lines = self.path / "list.txt"
-        text = lines.read_text(encoding="utf-8", errors="replace") if lines.is_file() else None
+        text = read_file(lines).decode("utf-8", "replace") if lines.exists() else None
         return text, [path.stem for path in mat_files(self.path)]
 
     def read(self, stems: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """(stem, bytes) of these MAT files, in any order."""
         for stem in stems:
-            path = self.path / f"{stem}.mat"
-            check_size(path.stat().st_size, path)
-            yield stem, path.read_bytes()
+            yield stem, read_file(self.path / f"{stem}.mat")
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file of a sensible size: a device or a pipe might never end."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{one_line(path)}: is no regular file")
+        check_size(path.stat().st_size, one_line(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{one_line(path)}: cannot be read ({error.strerror})") from error
+
+
+class Inflated(gzip.GzipFile):
+    """The bytes of a tar.gz; one that announces more than any archive of images holds is no such archive."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file)
+        self.most = max(MOST_IN_A_FILE, MOST_TIMES_SMALLER * os.fstat(file.fileno()).st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MOST_IN_A_FILE + tarfile.BLOCKSIZE or self.tell() > self.most:
+            raise tarfile.ReadError("it unpacks to far more than an archive of images does")
+        return super().read(size)
 
 
 class Archive:
     """The original archive, read as a stream: nothing of it is unpacked to disk."""
 
     def __init__(self, path: Path, file: BinaryIO, progress: Progress) -> None:
-        self.file, self.progress, self.name, self.origin = file, progress, str(path), f"{ARCHIVE} (MD5 {MD5})"
+        self.file, self.progress, self.name, self.origin = file, progress, one_line(path), f"{ARCHIVE} (MD5 {MD5})"
 
     def listing(self) -> tuple[str | None, list[str]]:
         found = []
@@ -90,22 +117,28 @@ class Archive:
 
     def _walk(self, take: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """(file name, bytes) of the cars' files; only those in `take` are read, of others the bytes are empty."""
-        total = self.file.seek(0)
+        total = of_cars = self.file.seek(0)
         try:
-            with tarfile.open(fileobj=self.file, mode="r|gz") as tar:
+            with Inflated(self.file) as inflated, tarfile.open(fileobj=inflated, mode="r:") as tar:
                 for member in tar:
-                    path = PurePosixPath(member.name)
+                    path, where = PurePosixPath(member.name), f"{self.name}: {one_line(member.name)}"
+                    total += member.size
+                    if member.size < 0 or total > inflated.most:
+                        raise tarfile.ReadError("it unpacks to far more than an archive of images does")
                     if path.parent.name != "cars" or not is_car_file(path.name):
                         continue
                     if path.is_absolute() or ".." in path.parts or not member.isreg():
-                        raise UserError(f"{self.name}: {member.name} is no regular file inside the archive")
-                    total += check_size(member.size, f"{self.name}: {member.name}")
-                    if total > MOST_IN_ALL_FILES:
+                        raise UserError(f"{where} is no regular file inside the archive")
+                    check_size(member.size, where)
+                    of_cars += member.size
+                    if of_cars > MOST_IN_ALL_FILES:
                         raise UserError(f"{self.name}: its cars take more than {MOST_IN_ALL_FILES >> 20} MiB unpacked")
                     reader = tar.extractfile(member) if path.name in take else None
                     yield path.name, reader.read() if reader else b""
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"{self.name}: cannot be read as a tar.gz archive ({error})") from error
+        except UserError:
+            raise
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, OverflowError) as error:
+            raise UserError(f"{self.name}: cannot be read as a tar.gz archive ({one_line(error)})") from error
 
 
 def is_car_file(name: str) -> bool:
@@ -114,13 +147,12 @@ def is_car_file(name: str) -> bool:
 
 
 def mat_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.mat") if is_car_file(path.name))
+    return sorted(path for path in folder.glob("*.mat") if is_car_file(path.name))  # of a folder that is not there: none
 
 
-def check_size(size: int, where: str | Path) -> int:
+def check_size(size: int, where: str) -> None:
     if size > MOST_IN_A_FILE:
         raise UserError(f"{where}: has {size >> 20} MiB; a car takes far less than {MOST_IN_A_FILE >> 20} MiB")
-    return size
 
 
 @contextlib.contextmanager
@@ -141,30 +173,42 @@ def open_cars(path: Path, progress: Progress) -> Iterator[Folder | Archive]:
 def model_order(cars: Folder | Archive) -> tuple[list[str], str]:
     """Stems in the order that numbers the models, and a note on where it comes from."""
     text, stems = cars.listing()
-    if text is None:
-        order, note = sorted(stems), "WARNING: no list.txt, models numbered by sorted names"
-    else:
-        order = [line.strip().removesuffix(".mat") for line in text.splitlines() if line.strip()]
-        note = "models numbered by list.txt"
-    problems = [f"{cars.name}: {stem}.mat is missing" for stem in sorted(set(order) - set(stems))]
-    if len(order) != MODELS or len(set(order)) != len(order):
-        listed = "has MAT files of" if text is None else "list.txt names"
-        problems.append(f"{cars.name}: {listed} {len(set(order))} different models in {len(order)} entries, there are {MODELS}")
+    order = numbered(text, stems)
+    problems = order_problems(cars.name, text, stems, order)
     if problems:
         raise UserError(problems)
-    return order, note
+    return order, "WARNING: no list.txt, models numbered by sorted names" if text is None else "models numbered by list.txt"
+
+
+def numbered(text: str | None, stems: list[str]) -> list[str]:
+    if text is None:
+        return sorted(stems)
+    return [line.strip().removesuffix(".mat") for line in text.splitlines() if line.strip()]
+
+
+def order_problems(name: str, text: str | None, stems: list[str], order: list[str]) -> list[str]:
+    """What is missing of the models that there should be."""
+    problems = [f"{name}: {one_line(stem)}.mat is missing" for stem in sorted(set(order) - set(stems))]
+    if len(problems) > MODELS:
+        problems = [f"{name}: list.txt names {len(problems)} files that are not there; is it the original one?"]
+    if len(order) != MODELS or len(set(order)) != len(order):
+        what = "has MAT files of" if text is None else "list.txt names"
+        problems.append(f"{name}: {what} {len(set(order))} different models in {len(order)} entries, there are {MODELS}")
+    return problems
 
 
 def views_of(mat: bytes, size: int) -> NDArray[np.uint8]:
     """The images of a MAT file, [96, 3, size, size], elevation by elevation."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     try:
-        im = loadmat(BytesIO(mat), variable_names=["im"])["im"]
+        forms = {name: (shape, kind) for name, shape, kind in whosmat(BytesIO(mat))}  # before memory is taken for it
+        shape, kind = forms["im"]
+        im = loadmat(BytesIO(mat), variable_names=["im"])["im"] if (shape, kind) == (LAYOUT, "uint8") else None
     except Exception as error:  # the reader lets through whatever a damaged file makes it run into
-        raise UserError(f"cannot be read as a MAT 5 file with a variable 'im' ({error!r})") from error
-    if im.shape != LAYOUT or im.dtype != np.uint8:
-        raise UserError(f"'im' is {im.dtype} {list(im.shape)}, it should be uint8 {list(LAYOUT)}")
+        raise UserError(f"cannot be read as a MAT 5 file with a variable 'im' ({one_line(repr(error))[:300]})") from error
+    if im is None or im.shape != LAYOUT or im.dtype != np.uint8:
+        raise UserError(f"'im' is {kind} {list(shape)}, it should be uint8 {list(LAYOUT)}")
     views = im.transpose(4, 3, 0, 1, 2).reshape(VIEWS, SIDE, SIDE, 3)
     if size != SIDE:
         views = np.stack([shrink(view, size) for view in views])
@@ -186,11 +230,30 @@ def blocks(cars: Folder | Archive, order: list[str], size: int, numbers: list[in
         try:
             rows = views_of(mat, size)
         except UserError as error:
-            problems.append(f"{cars.name}: {stem}.mat: {error}")
+            problems.append(f"{cars.name}: {one_line(stem)}.mat: {error}")
             continue
         yield number_of[stem], rows
     if problems:
         raise UserError(problems)
+
+
+def survey(cars: Folder | Archive, problems: list[str], progress: Progress) -> dict[str, object]:
+    """Every car read: how many are good, what is wrong with the others and what is missing, beside the `problems` so far."""
+    text, stems, good = None, list[str](), 0
+    try:
+        text, stems = cars.listing()
+        for done, (stem, mat) in enumerate(cars.read(stems)):
+            progress(f"reading {cars.name}", done, len(stems))
+            try:
+                views_of(mat, SIDE)
+                good += 1
+            except UserError as error:
+                problems.append(f"{cars.name}: {one_line(stem)}.mat: {error}")
+    except UserError as error:
+        problems += error.problems
+    problems += order_problems(cars.name, text, stems, numbered(text, stems))
+    progress(f"reading {cars.name}", len(stems), max(1, len(stems)))
+    return {"list.txt": text is not None, "cars": len(stems), "readable": good, "expected": MODELS, "problems": problems}
 
 
 def download(file: BinaryIO, progress: Progress) -> None:
@@ -280,6 +343,24 @@ class Cars3D:
                 factors=factors,
                 factor_sizes=dict(self.spec.factors),
             )
+
+    def check(self, path: Path, progress: Progress) -> dict[str, object] | None:
+        """What an archive or a folder of cars holds and lacks, after reading every car; None of a path that is neither."""
+        folder = next((inside for inside in (path, path / "cars", path / "data" / "cars") if mat_files(inside)), None)
+        if folder is None and not (path.is_file() and path.name.endswith((".tar.gz", ".tgz"))):
+            return None
+        report: dict[str, object] = {"path": str(path), "kind": "Cars3D, archive" if folder is None else "Cars3D, unpacked"}
+        problems: list[str] = []
+        try:
+            if folder is not None:
+                return report | survey(Folder(folder), problems, progress)
+            report["md5"] = actual = files.digest(path, "md5")
+            if actual != MD5:
+                problems.append(f"{one_line(path)}: its MD5 is {actual}, the original archive has {MD5}; get it again from {URL}")
+            with path.open("rb") as file:
+                return report | survey(Archive(path, file, progress), problems, progress)
+        except OSError as error:
+            raise UserError(f"{one_line(path)}: cannot be read ({error.strerror})") from error
 
     def rows(self, split: str) -> Rows:
         table = datafile.read(self.path)

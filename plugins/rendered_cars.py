@@ -22,7 +22,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import Component, Progress, Rows, Spec, datafile, files, hookimpl, option
+from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, option
 
 MODELS, AZIMUTHS = 183, 24
 ELEVATIONS = (0.0, 10.0, 20.0, 30.0)  # degrees
@@ -343,7 +343,10 @@ class RenderedCars:
 
     @cached_property
     def _table(self) -> datafile.Table:
-        return datafile.read(self.path)
+        table = datafile.read(self.path)
+        if table.images.shape != (MODELS * VIEWS, 3, STORED, STORED) or table.labels is None:
+            raise UserError(f"{self.path}: holds other images than the rendered cars; remove it, so that it is drawn again")
+        return table
 
     def rows(self, split: str) -> Rows:
         assert self._table.labels is not None

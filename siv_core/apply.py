@@ -9,12 +9,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from siv_core import evaluate, files, pictures, plane
+from siv_core import evaluate, files, own_pictures, pictures, plane
 from siv_core.errors import UserError, near_miss
 from siv_core.model import Model
 from siv_core.protocols import Dataset
-
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def sample(model: Model, folder: Path, count: int, seed: int, data: Dataset | None = None) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path]
     """Reconstructions of the user's pictures or, without any, of held-out images."""
     labels = None
     if paths:
-        x, notes = evaluate.own_images(expand(paths), model)
+        x, notes = own_pictures.own_images(own_pictures.expand(paths), model)
     else:
         x, labels = evaluate.held_out(data, model, 4 * evaluate.SHOWN, seed)
         notes = [f"held-out {'images' if model.spec.kind == 'image' else 'samples'} of the run's data"]
@@ -53,7 +51,7 @@ def taken(take: Sequence[str], model: Model) -> dict[str, list[Path]]:
             raise UserError(f"--take {text}: expected GROUP=FILES, such as class=a.png,b.png")
         if model.translate and group not in model.translate:
             raise UserError(f"--take {group}: no such group{near_miss(group, model.translate)}")
-        given.setdefault(group, []).extend(expand([Path(part) for part in listed.split(",")]))
+        given.setdefault(group, []).extend(own_pictures.expand(own_pictures.listed(listed)))
     return given
 
 
@@ -67,7 +65,7 @@ def translate(
     held_out = evaluate.held_out_pairs(data, model, count, seed) if len(given) < 2 else ()
     for i, group in enumerate(groups):
         if group in given:
-            x, changed = evaluate.own_images(given[group], model)
+            x, changed = own_pictures.own_images(given[group], model)
             notes += changed
         else:
             x = held_out[i]
@@ -76,20 +74,6 @@ def translate(
     made = evaluate.translation(model, *sides)
     arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0]), -1))}
     return _write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)
-
-
-def expand(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them by name."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES)
-            if not inside:
-                raise UserError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
-            found += inside
-        else:
-            found.append(path)
-    return found
 
 
 def _grid(model: Model, x: Tensor, columns: int) -> pictures.Picture:

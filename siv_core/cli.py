@@ -13,7 +13,7 @@ from siv_core.cli_common import PATH, device_option, json_option, options, print
 from siv_core.cli_data import data
 from siv_core.cli_recipes import recipes
 from siv_core.cli_sweep import sweep
-from siv_core.errors import SivError, UserError
+from siv_core.errors import SivError, UserError, one_line
 
 if TYPE_CHECKING:
     from siv_core.console import Screen
@@ -370,7 +370,7 @@ def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
     else:
         for path in result["files"]:
-            watcher.say(f"wrote {path}")
+            watcher.say(f"wrote {one_line(path)}")
 
 
 def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from siv_core.cli_common import PATH, json_option, print_json, screen
-from siv_core.errors import UserError
+from siv_core.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from siv_core.protocols import Progress
 
 
 @click.group()
@@ -75,12 +78,45 @@ def data_prepare(name: str, sets: tuple[str, ...]) -> None:
 @click.argument("path", type=PATH)
 @json_option
 def data_check(path: Path, as_json: bool) -> None:
-    """Read every byte of the data file PATH and say what is in it."""
-    from siv_core import datafile
-    from siv_core.console import Screen
+    """Read every byte of PATH, a data file, an archive, a picture or a folder of pictures, and say what is in it.
 
-    report = datafile.check(path)
+    What makes it unusable is told all at once, with exit code 2.
+    """
+    watcher = screen(as_json, at_once=True)
+    report = checked(path, watcher.progress)
+    watcher.end()
     if as_json:
         print_json(report)
     else:
-        Screen().table(str(path), ("", ""), [(key, str(value)) for key, value in report.items()])
+        sets = report.pop("datasets", [])
+        rows = [(key, "; ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in report.items()]
+        watcher.table(
+            one_line(path), ("", ""), [(key, one_line(value)) for key, value in rows if key not in ("path", "problems")]
+        )
+        if sets:
+            columns = ("name", "shape", "dtype", "storage", "lowest", "highest", "not_finite")
+            watcher.table("Data sets", columns, [tuple(one_line(entry.get(key, "")) for key in columns) for entry in sets])
+    if report["problems"]:
+        raise UserError(report["problems"])
+
+
+def checked(path: Path, progress: Progress) -> dict[str, Any]:
+    """The report of whoever knows files such as PATH: pictures, then the data sets with a `check` of their own, then HDF5."""
+    from siv_core import catalogue, datafile, own_pictures
+
+    if not path.exists():
+        raise UserError(f"{one_line(path)}: there is no such file or folder")
+    if path.suffix.lower() in own_pictures.SUFFIXES:
+        return own_pictures.check(path, progress)
+    if path.suffix.lower() not in (".h5", ".hdf5"):
+        known = catalogue.load()
+        for name in known.names("dataset"):
+            component: Any = known.get("dataset", name)
+            try:
+                check = getattr(component.build(component.config()), "check", None)
+            except TypeError:  # options that have no default: somebody's own file
+                continue
+            report: dict[str, Any] | None = check(path, progress) if check else None
+            if report is not None:
+                return report
+    return own_pictures.check(path, progress) if path.is_dir() else datafile.check(path, progress)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from attrs import frozen
-from numpy.typing import NDArray
 from torch import Tensor
 
 from siv_core import feed, pictures, plane
@@ -20,9 +19,6 @@ from siv_core.errors import SivError, UserError
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import Streams
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SHOWN = 8  # images a row of a picture
 POINTS = 5000  # data and samples in a picture of the plane
@@ -170,55 +166,6 @@ def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[
     half = len(chosen) // 2
     x = feed.images(rows, chosen, model.spec)
     return x[:half], x[half:]
-
-
-def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
-    """A user's pictures fitted to the model, [N, *spec.shape], and a line for each that had to be changed."""
-    from PIL import Image, UnidentifiedImageError
-
-    if model.spec.kind != "image":
-        raise UserError(f"this model is of arrays {list(model.spec.shape)}: pictures cannot be put into it; leave the files out")
-    fitted, notes, problems = [], [], []
-    for path in paths:
-        try:
-            with Image.open(path) as opened:
-                array, changes = fit(opened, *model.spec.shape)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            problems.append(f"{path}: no picture that can be read ({error})")
-            continue
-        if changes:
-            notes.append(f"{path}: {', '.join(changes)}")
-        fitted.append(feed.to_float(torch.from_numpy(array)[None], model.spec)[0])
-    if problems:
-        raise UserError(problems)
-    return torch.stack(fitted), notes
-
-
-def fit(picture: Image.Image, channels: int, height: int, width: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """uint8 [C, H, W] of a picture, and what was done to it: turned upright, put on white, cut to its centre, resized.
-
-    Smaller sizes are area means, as `feed.to_float` makes them of data stored larger than asked for.
-    """
-    from PIL import Image, ImageOps
-
-    changes = []
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-        changes.append("16 bits reduced to 8")
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        changes.append("put on white")
-    mode = "L" if channels == 1 else "RGB"
-    if picture.mode not in (mode, "RGBA"):
-        changes.append(f"{picture.mode} converted to {mode}")
-    picture = picture.convert(mode)
-    if picture.size != (width, height):
-        changes.append(f"{picture.width} × {picture.height}, centre resized to {width} × {height}")
-        smaller = picture.width >= width and picture.height >= height
-        method = Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC
-        picture = ImageOps.fit(picture, (width, height), method)
-    return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1).copy(), changes
 
 
 def final_pictures(model: Model, data: Dataset, folder: Path, seed: int) -> list[Path]:

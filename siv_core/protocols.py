@@ -82,7 +82,8 @@ class Rows:
 class Dataset(Protocol):
     """Built without its files; `spec` works once `missing()` is None.
 
-    Optional: `fetch(progress)` downloads it from its source, `about()` gives JSON for the run's manifest.
+    Optional: `fetch(progress)` downloads it from its source, `about()` gives JSON for the run's manifest, `check(path, progress)`
+    is `siv data check` of files it is made from: a report with the list `problems`, None of a path that is none of its own.
     """
 
     @property

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import siv_core
-from siv_core import apply, checkpoint, datafile
+from siv_core import apply, checkpoint, datafile, own_pictures
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 
@@ -336,7 +336,7 @@ def test_wrong_uses_from_python(trained, tmp_path):
         apply.sample(model, tmp_path / "taken", 1, 0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures in this folder"):
-        apply.expand([tmp_path / "empty"])
+        own_pictures.expand([tmp_path / "empty"])
     with pytest.raises(UserError, match="expected GROUP=FILES"):
         apply.taken(["class"], model)
     with pytest.raises(UserError, match="--device tpu: expected auto, cpu, cuda or cuda:N"):
@@ -372,7 +372,10 @@ def test_data(siv, tmp_path, monkeypatch):
     report = json.loads(succeeded(siv("data", "check", made, "--json")))
     assert report["images"] == [12, 1, 5, 5]
     assert (datafile.read(made).images == images).all()
-    refused(siv("data", "check", tmp_path / "own.h5"), "no complete data file of format 1")
+    assert 'images = "images", layout = "NCHW"' in succeeded(siv("data", "check", tmp_path / "own.h5"))
+    (tmp_path / "half.h5").write_bytes((tmp_path / "own.h5").read_bytes()[:-9])
+    refused(siv("data", "check", tmp_path / "half.h5"), "half.h5: cannot be read as an HDF5 file")
+    refused(siv("data", "check", tmp_path / "nowhere"), "nowhere: there is no such file or folder")
     refused(siv("data", "prepare", "digtis"), "no dataset is called 'digtis'; did you mean 'digits'?")
 
 
