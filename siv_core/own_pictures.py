@@ -92,7 +92,11 @@ def load(path: Path) -> tuple[Image.Image, list[str]]:
                     told.append(f"the first of its {getattr(opened, 'n_frames', 1)} frames")
                 if opened.getexif().get(ORIENTATION, 1) != 1:
                     told.append("turned upright")
-                return ImageOps.exif_transpose(opened), told
+                upright = ImageOps.exif_transpose(opened)
+                if upright.mode in ("LAB", "YCbCr", "HSV"):  # from which Pillow knows no way to grey
+                    told.append(f"{upright.mode} converted to RGB")
+                    upright = upright.convert("RGB")
+                return upright, told
     except UserError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

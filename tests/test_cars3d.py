@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import os
+import re
+import resource
 import subprocess
 import sys
 import tarfile
@@ -21,7 +25,7 @@ from PIL import Image
 from scipy.io import savemat
 from siv_plugins import cars3d
 
-from siv_core import UserError, datafile
+from siv_core import UserError, cli_data, datafile
 from siv_core.errors import Stopped
 from siv_core.testing import check_dataset
 
@@ -494,3 +498,90 @@ def test_listing_plugins_needs_neither_torch_nor_scipy() -> None:
     code = f"import sys; from siv_plugins import cars3d; cars3d.siv_components(); print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# What `siv data check` tells, and files that are out to do harm.
+
+
+def test_check_of_the_original_finds_nothing(placed: Path) -> None:
+    report = cli_data.checked(placed, quiet)
+    told = {"kind": "Cars3D, archive", "list.txt": True, "cars": 4, "readable": 4, "expected": 4, "problems": []}
+    assert report.items() >= told.items()
+    assert list(placed.parent.iterdir()) == [placed]
+
+
+def test_check_tells_everything_at_once(place: Place, members: Members, mats: dict[str, bytes], root: Path) -> None:
+    damaged = [(name, b"\0" * 300 if name.endswith("car_d.mat") else data) for name, data in members if "car_a" not in name]
+    path = place(tar_gz(damaged))
+    path.write_bytes(path.read_bytes() + b"\0")
+    report = cli_data.checked(path, quiet)
+    told = [problem.removeprefix(f"{path}: ") for problem in report["problems"]]
+    assert (report["cars"], report["readable"], report["expected"]) == (3, 2, 4)
+    assert told[0].startswith("its MD5 is ")
+    assert told[1].startswith("car_d.mat: cannot be read as a MAT 5 file")
+    assert told[2:] == ["car_a.mat is missing"]
+    folder = unpack({stem: mats[stem] for stem in STEMS[:2]}, root / "mine" / "cars", listed=False)
+    report = cli_data.checked(folder.parent, quiet)
+    assert (report["kind"], report["readable"]) == ("Cars3D, unpacked", 2)
+    assert report["problems"] == [f"{folder}: has MAT files of 2 different models in 2 entries, there are 4"]
+
+
+def test_check_of_a_damaged_archive(tmp_path: Path, archive: bytes) -> None:
+    path = tmp_path / "some.tar.gz"
+    for data, words in (
+        (b"no archive", "cannot be read as a tar.gz archive"),
+        (archive[: len(archive) // 2], "cannot be read as a tar.gz archive|different models in"),
+        (gzip.compress(bytes(200 << 20), 1), "cannot be read as a tar.gz archive|there are 4"),
+    ):
+        path.write_bytes(data)
+        problems = "\n".join(cli_data.checked(path, quiet)["problems"])
+        assert re.search(words, problems)
+
+
+def bomb(kind: bytes, size: int) -> bytes:
+    """A header of this kind that announces `size` bytes, and some of them."""
+    info = tarfile.TarInfo("data/cars/car_a.mat")
+    info.type = kind
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    head[124:136] = (b"\x80" if size >= 0 else b"\xff") + (size % (1 << 88)).to_bytes(11, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return gzip.compress(bytes(head) + bytes(1 << 20))
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize("size", [1 << 40, 1 << 31, -512])
+def test_sizes_that_do_not_fit_memory_are_told_before_it_is_taken(tmp_path: Path, kind: bytes, size: int) -> None:
+    (tmp_path / "some.tar.gz").write_bytes(bomb(kind, size))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    problems = "\n".join(cli_data.checked(tmp_path / "some.tar.gz", quiet)["problems"])
+    assert re.search("cannot be read as a tar.gz archive|different models in . entries, there are 4", problems)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
+
+
+def test_cars_that_are_no_files_are_told_of(mats: dict[str, bytes], root: Path) -> None:
+    folder = unpack({stem: mats[stem] for stem in STEMS[2:]}, root / "cars")
+    (folder / "car_b.mat").mkdir()
+    os.mkfifo(folder / "car_d.mat")
+    with pytest.raises(UserError, match=r"car_b.mat: is no regular file"):
+        dataset().prepare(quiet)
+    report = cli_data.checked(root, quiet)
+    assert report["readable"] < 4
+    assert any("is no regular file" in problem for problem in report["problems"])
+    (folder / "list.txt").unlink()
+    (folder / "list.txt").mkdir()
+    with pytest.raises(UserError, match=r"list.txt: is no regular file"):
+        dataset().prepare(quiet)
+
+
+def test_a_car_of_a_huge_form_is_refused_before_memory_is_taken() -> None:
+    mat = bytearray(mat_of(im=np.zeros((128, 128), np.uint8)))
+    plain = io.BytesIO()
+    savemat(plain, {"im": np.zeros((128, 128), np.uint8)})
+    data = plain.getvalue().replace((128).to_bytes(4, "little") * 2, (1 << 30).to_bytes(4, "little") * 2)
+    assert data != plain.getvalue()
+    with pytest.raises(UserError, match=r"'im' is uint8 \[1073741824, 1073741824\], it should be"):
+        cars3d.views_of(data, 64)
+    with pytest.raises(UserError, match=r"cannot be read as a MAT 5"):
+        cars3d.views_of(bytes(mat[: len(mat) // 2]), 64)
