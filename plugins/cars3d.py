@@ -15,7 +15,6 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -24,7 +23,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, option
+from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, mat5, option
 from siv_core.errors import one_line
 
 ARCHIVE = "nips2015-analogy-data.tar.gz"
@@ -199,15 +198,12 @@ def order_problems(name: str, text: str | None, stems: list[str], order: list[st
 
 def views_of(mat: bytes, size: int) -> NDArray[np.uint8]:
     """The images of a MAT file, [96, 3, size, size], elevation by elevation."""
-    from scipy.io import loadmat, whosmat
-
     try:
-        forms = {name: (shape, kind) for name, shape, kind in whosmat(BytesIO(mat))}  # before memory is taken for it
-        shape, kind = forms["im"]
-        im = loadmat(BytesIO(mat), variable_names=["im"])["im"] if (shape, kind) == (LAYOUT, "uint8") else None
-    except Exception as error:  # the reader lets through whatever a damaged file makes it run into
-        raise UserError(f"cannot be read as a MAT 5 file with a variable 'im' ({one_line(repr(error))[:300]})") from error
-    if im is None or im.shape != LAYOUT or im.dtype != np.uint8:
+        shape, im = mat5.read_uint8(mat, "im", MOST_IN_A_FILE)
+    except ValueError as error:
+        raise UserError(f"cannot be read as a MAT 5 file with a variable 'im' ({one_line(error)})") from error
+    if im is None or shape != LAYOUT:
+        kind = "of another type" if im is None else "uint8"
         raise UserError(f"'im' is {kind} {list(shape)}, it should be uint8 {list(LAYOUT)}")
     views = im.transpose(4, 3, 0, 1, 2).reshape(VIEWS, SIDE, SIDE, 3)
     if size != SIDE:

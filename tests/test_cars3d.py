@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import os
 import re
 import resource
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -25,7 +28,7 @@ from PIL import Image
 from scipy.io import savemat
 from siv_plugins import cars3d
 
-from siv_core import UserError, cli_data, datafile
+from siv_core import UserError, cli_data, datafile, mat5
 from siv_core.errors import Stopped
 from siv_core.testing import check_dataset
 
@@ -372,7 +375,7 @@ def test_cars_of_another_form_are_told_together(mats: dict[str, bytes], root: Pa
 
 
 def test_wrong_type_is_told() -> None:
-    with pytest.raises(UserError, match="'im' is int8"):
+    with pytest.raises(UserError, match=r"'im' is of another type \[128, 128, 3, 24, 4\], it should be uint8"):
         cars3d.views_of(mat_of(im=np.zeros((128, 128, 3, 24, 4), np.int8)), 64)
 
 
@@ -581,7 +584,28 @@ def test_a_car_of_a_huge_form_is_refused_before_memory_is_taken() -> None:
     savemat(plain, {"im": np.zeros((128, 128), np.uint8)})
     data = plain.getvalue().replace((128).to_bytes(4, "little") * 2, (1 << 30).to_bytes(4, "little") * 2)
     assert data != plain.getvalue()
-    with pytest.raises(UserError, match=r"'im' is uint8 \[1073741824, 1073741824\], it should be"):
+    with pytest.raises(UserError, match=r"'im' is of another type \[1073741824, 1073741824\], it should be"):
         cars3d.views_of(data, 64)
     with pytest.raises(UserError, match=r"cannot be read as a MAT 5"):
         cars3d.views_of(bytes(mat[: len(mat) // 2]), 64)
+
+
+def test_mat_files_are_read_as_scipy_reads_them() -> None:
+    rng = np.random.default_rng(0)
+    for compressed in (False, True):
+        for shape in ((5, 7), (1, 1), (2, 3, 4, 5, 6)):
+            im, file = rng.integers(0, 256, shape, dtype=np.uint8), io.BytesIO()
+            savemat(file, {"a": np.arange(3.0), "some words": "x", "im": im, "z": im[:1]}, do_compression=compressed)
+            got_shape, got = mat5.read_uint8(file.getvalue(), "im", 1 << 20)
+            assert got_shape == shape
+            assert (got == im).all()
+            for cut in range(0, len(file.getvalue()) - 1, 97):
+                with contextlib.suppress(ValueError):
+                    mat5.read_uint8(file.getvalue()[:cut], "im", 1 << 20)
+
+
+def test_a_bomb_in_a_mat_file_is_not_inflated() -> None:
+    bomb = zlib.compress(bytes(100 << 20), 1)
+    mat = b" " * 124 + b"\x00\x01IM" + struct.pack("<II", 15, len(bomb)) + bomb
+    with pytest.raises(UserError, match="a variable has more than 64 MiB"):
+        cars3d.views_of(mat, 64)
