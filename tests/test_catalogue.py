@@ -321,7 +321,8 @@ def test_installed_packages_are_listed_each_with_its_reason(installed, siv):
 @pytest.mark.slow
 def test_an_installed_package_trains(installed, siv, tmp_path):
     recipe = tmp_path / "blobs.toml"
-    recipe.write_bytes((THIRD_PARTY / "siv_blobs" / "blobs.toml").read_bytes())
+    assert siv("recipes", "copy", "siv-blobs/blobs", recipe, env=installed).returncode == 0
+    assert recipe.read_bytes() == (THIRD_PARTY / "siv_blobs" / "siv_blobs_recipes" / "blobs.toml").read_bytes()
     done = siv("run", recipe, "--json", env=installed)
     assert done.returncode == 0, done.stderr
     run = Path(json.loads(done.stdout)["run"])

@@ -81,3 +81,26 @@ def test_recipes_that_come_with_siv(siv, tmp_path):
     copied = siv("recipes", "copy", "sweeps/margin")
     assert "`siv recipes copy toy2d_8gaussians toy2d_8gaussians.toml` brings that" in copied.stdout
     assert (tmp_path / "sweeps/margin.toml").read_text() == (RECIPES / "sweeps/margin.toml").read_text()
+    nowhere = siv("recipes", "copy", "digits", tmp_path / "no" / "folder.toml")
+    assert nowhere.returncode == 2
+    assert "folder.toml: cannot be written (No such file or directory); give another destination" in nowhere.stderr
+
+
+def test_recipes_of_other_distributions(siv, tmp_path):
+    site = tmp_path / "site"
+    for name, package in (("siv-good", "good_recipes"), ("siv-bad", "not_there")):
+        about = site / f"{name.replace('-', '_')}-1.0.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[siv.recipes]\nsome = {package}\n")
+    (site / "good_recipes").mkdir()
+    (site / "good_recipes" / "__init__.py").write_text("")
+    (site / "good_recipes" / "digits.toml").write_bytes(b"# fast \x1b[31m\nformat = 1\n")
+    env = {"PYTHONPATH": str(site)}
+    done = siv("recipes", "ls", env=env)
+    assert done.returncode == 0
+    assert r"siv-good/digits          fast \x1b[31m" in done.stdout
+    assert "recipes 'some' of siv-bad are not usable: ModuleNotFoundError: No module named 'not_there'" in done.stderr
+    assert siv("recipes", "show", "siv-good/digits", env=env).stdout.endswith("format = 1\n")
+    assert siv("recipes", "copy", "siv-good/digits", env=env).stdout == "wrote digits.toml\n"
+    assert (tmp_path / "digits.toml").read_bytes() == (site / "good_recipes" / "digits.toml").read_bytes()
