@@ -21,18 +21,20 @@ CLASS, CONTENT = "class", "content"
 
 @frozen
 class AdaINConfig:
-    dims: dict[str, int] = option({CLASS: 256, CONTENT: 128}, doc="dimensions of the class and the content code", ge=1)
+    dims: dict[str, int] = option({CLASS: 256, CONTENT: 128}, doc="dimensions of the class and the content code", ge=1, le=65536)
     encoder_channels: tuple[int, ...] = option(
-        (64, 128, 256, 256, 256), doc="of the encoders' convolutions; all but the stem halve the size", ge=1
+        (64, 128, 256, 256, 256), doc="of the encoders' convolutions; all but the stem halve the size", ge=1, le=65536
     )
-    encoder_hidden: tuple[int, ...] = option((256, 256), doc="units of the encoders' hidden linear layers", ge=1)
+    encoder_hidden: tuple[int, ...] = option((256, 256), doc="units of the encoders' hidden linear layers", ge=1, le=65536)
     class_pooling: bool = option(False, doc="the class encoder averages over the pixels: it sees what is there, not where")
     content_normalisation: bool = option(False, doc="instance norm in the content encoder: it sees shapes, not colours")
     stem_kernel: int = option(
         7, doc="odd kernel size of the encoders' first convolution; 0: no stem, all halve the size", ge=0, le=15
     )
-    decoder_channels: tuple[int, ...] = option((256, 256, 256, 256), doc="of the decoder's blocks, each doubling the size", ge=1)
-    output_channels: int = option(64, doc="between the decoder's last two convolutions", ge=1)
+    decoder_channels: tuple[int, ...] = option(
+        (256, 256, 256, 256), doc="of the decoder's blocks, each twice as large", ge=1, le=65536
+    )
+    output_channels: int = option(64, doc="between the decoder's last two convolutions", ge=1, le=65536)
     output_kernels: tuple[int, int] = option((5, 7), doc="odd kernel sizes of the decoder's last two convolutions", ge=1, le=15)
     normalise_content: bool = option(False, doc="instance-normalise the first map, which only the content code has made")
     slope: float = option(0.01, doc="of the leaky ReLUs; LORD's TensorFlow code has 0.3", ge=0, lt=1)

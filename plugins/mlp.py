@@ -14,8 +14,8 @@ from siv_core import Component, Gaussian, Networks, Spec, hookimpl, option
 
 @frozen
 class MLPConfig:
-    z_dim: int = option(2, doc="dimensions of z", ge=1)
-    hidden: tuple[int, ...] = option((256, 256, 256, 256), doc="units of the hidden layers, encoder order", ge=1)
+    z_dim: int = option(2, doc="dimensions of z", ge=1, le=65536)
+    hidden: tuple[int, ...] = option((256, 256, 256, 256), doc="units of the hidden layers, encoder order", ge=1, le=65536)
     slope: float = option(0.0, doc="of the activation below zero; 0 is ReLU", ge=0, lt=1)
     output: str = option("linear", doc="of the decoder; sigmoid maps onto the data's value range", choices=("linear", "sigmoid"))
 

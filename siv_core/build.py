@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,15 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
+from siv_core import memory
 from siv_core.catalogue import Catalogue, blame, words
 from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.model import Model
 from siv_core.players import Priors
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
-from siv_core.recipe import Choice, Recipe, StagePlan
+from siv_core.recipe import PLAYERS, Choice, Recipe, StagePlan
 from siv_core.seeding import stream_seed
 
-PLAYERS = ("encoder", "decoder", "prior")
 PROMISED = {  # what is asked of what a component builds, see protocols.py
     "network": ("encoder", "decoder", "groups", "translate"),
     "reconstruction": ("__call__",),
@@ -63,23 +64,29 @@ class Built:
         return built
 
     def metrics(self) -> dict[str, Metric]:
-        groups, translate = self.networks.groups, self.networks.translate
-        chosen = self.recipe.metrics
-        return {name: self._build(choice, self.spec, groups, translate) for name, choice in chosen.items()}
+        built, problems = {}, []
+        for name, choice in self.recipe.metrics.items():
+            try:
+                built[name] = self._build(choice, self.spec, self.networks.groups, self.networks.translate)
+            except UserError as error:
+                problems += [f"metrics.{name}: {line.removeprefix(f'metric {choice.name}: ')}" for line in error.problems]
+        if problems:
+            raise UserError(problems)
+        return built
 
     def shape(self, plan: StagePlan) -> tuple[int, ...]:
         """Of a sample in this stage: the data's own, or square images of the stage's `data.size`."""
         if plan.size is None:
             return self.spec.shape
         if self.spec.kind != "image" or plan.size > min(self.spec.shape[1:]):
-            raise UserError(f"stages: data.size {plan.size} does not fit data of shape {list(self.spec.shape)}")
+            raise UserError(f"data.size: {plan.size} does not fit data of shape {list(self.spec.shape)}")
         shape = (self.spec.shape[0], plan.size, plan.size)
         grows = all(hasattr(module, "set_stage") for module in (self.networks.encoder, self.networks.decoder))
         if shape != self.spec.shape and not grows:
             name = " and ".join(choice.name for choice in self.recipe.network)
             raise UserError(
-                f"stages: data.size {plan.size}: network '{name}' is made for {list(self.spec.shape)} alone; other sizes take an"
-                " encoder and a decoder with `set_stage`. Leave data.size out of the stages, or set it in [data] for all"
+                f"data.size: {plan.size} does not fit: network '{name}' is made for {list(self.spec.shape)} alone; other sizes"
+                " take an encoder and a decoder with `set_stage`. Leave data.size out of the stages, or set it in [data] for all"
             )
         return shape
 
@@ -114,6 +121,8 @@ def component(catalogue: Catalogue, choice: Choice, *arguments: Any) -> Any:
     except SivError:
         raise
     except Exception as error:
+        if isinstance(error, (MemoryError, RuntimeError, OverflowError)) and re.search("allocate|overflow", str(error)):
+            raise UserError(f"{what} asks for more memory than there can be; give it smaller sizes") from error
         error.add_note(f"while building {what}")
         raise (blame(error) or PluginError(f"{owner}: {words(error)}")) from error
     lacking = [name for name in PROMISED[choice.kind] if not hasattr(built, name)]
@@ -136,18 +145,43 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
     spec = attrs.evolve(spec or data.spec, conditional=recipe.train.conditional)
     if spec.conditional and not spec.classes:
         raise UserError(f"train.conditional: data '{recipe.data.name}' has no labels")
-    with torch.random.fork_rng(devices=[]):
+    problems: list[str] = []
+
+    def attempt(function: Callable[..., Any], *arguments: Any, where: str = "") -> Any:
+        """What it gives, or None once what is wrong was noted: everything wrong is told at once."""
+        try:
+            return function(*arguments)
+        except UserError as error:
+            problems.extend(f"{where}{line}" if line.startswith(("objective.", "data.")) else line for line in error.problems)
+            return None
+
+    with torch.random.fork_rng(devices=[]), memory.Bounded("network: its weights", "fewer or narrower layers"):
         torch.manual_seed(stream_seed(recipe.train.seed, "init"))
-        networks = _networks(recipe, catalogue, spec)
-        priors = _priors(recipe, catalogue, networks.groups, spec)
-        reconstruction = component(catalogue, recipe.reconstruction, spec)
-    players = [player for plan in recipe.stages for player in plan.optim if player and player not in PLAYERS]
-    if players:
-        raise UserError(f"optim.{player}: no such player{near_miss(player, PLAYERS)}" for player in dict.fromkeys(players))
-    built = Built(recipe, catalogue, data, spec, networks, priors, reconstruction)
-    for plan in recipe.stages:
-        built.objective(plan)  # what does not fit is told now, not when the stage begins
+        networks = attempt(_networks, recipe, catalogue, spec)
+        priors = attempt(_priors, recipe, catalogue, networks.groups, spec) if networks else None
+        reconstruction = attempt(component, catalogue, recipe.reconstruction, spec)
+    if networks:
+        built = Built(recipe, catalogue, data, spec, networks, priors or Priors({}), reconstruction)
+        for i, plan in enumerate(recipe.stages):
+            attempt(built.objective, plan, where=f"stages[{i}].")  # what does not fit is told now, not when the stage begins
+        attempt(built.metrics)
+    if problems:
+        raise recipe.told(problems)
     return built
+
+
+def room(built: Built, *, on_cpu: bool) -> None:
+    """A `UserError` where training takes more memory than there is even by the least count: a batch with its noise and, on the
+    CPU, the weights four times, with their gradients and Adam's two moments."""
+    weights = 16 * sum(map(size_of, built.modules.values())) if on_cpu else 0
+    row = built.spec.dims + 2 * sum(built.networks.groups.values())
+    try:
+        for plan in built.recipe.stages:
+            memory.need(
+                f"train.batch: training with {plan.batch:,}", weights + 4 * row * plan.batch, "a smaller batch or network"
+            )
+    except UserError as error:
+        raise built.recipe.told(error.problems) from None
 
 
 def _networks(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> Networks:

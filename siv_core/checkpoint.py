@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def path_of(folder: Path, which: str) -> Path:
         raise UserError(f"{folder}: no checkpoint here yet")
     if which == "last":
         return folder / f"step_{known[-1]:08d}"
-    if not which.isdigit() or int(which) not in known:
+    if not re.fullmatch("[0-9]{1,18}", which) or int(which) not in known:
         raise UserError(f"{folder}: no checkpoint '{which}'; there are: {', '.join(map(str, known))} and last")
     return folder / f"step_{int(which):08d}"
 

@@ -19,6 +19,8 @@ from siv_core.errors import near_miss
 
 CONTAINERS: tuple[Any, ...] = (tuple, list, dict)
 LARGEST = 2**63  # TOML's whole numbers are below it
+LONGEST = 1e15  # whole numbers up to here are exact in floats
+SHOWN = 8  # items of a wrong list or table
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kM]?)\s+(steps?|epochs?|images?)")
 
 
@@ -33,16 +35,19 @@ class Length:
     def parse(cls, text: str) -> Length:
         match = _LENGTH.fullmatch(text.strip())
         if not match or not float(match[1]):
-            raise ValueError(f"""expected a length such as "400 epochs", "30000 steps" or "8M images", got {text!r}""")
+            raise ValueError(f"""expected a length such as "400 epochs", "30000 steps" or "8M images", got {shown(text)}""")
         number, suffix, unit = match.groups()
-        return cls(float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[suffix], unit.rstrip("s") + "s")
+        count = float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[suffix]
+        if count > LONGEST:
+            raise ValueError(f"expected a length of at most {LONGEST:g}, got {shown(text)}")
+        return cls(count, unit.rstrip("s") + "s")
 
     def __str__(self) -> str:
         return f"{format(Decimal(repr(self.count)), 'f').removesuffix('.0')} {self.unit}"  # no exponent: it is read again
 
     def steps(self, batch: int, epoch_images: int) -> int:
-        """Whole steps, rounded up."""
-        return math.ceil(self.images(batch, epoch_images) / batch - 1e-9)
+        """Whole steps, rounded up; at least one."""
+        return max(1, math.ceil(self.images(batch, epoch_images) / batch - 1e-9))
 
     def images(self, batch: int, epoch_images: int) -> float:
         return {"steps": batch, "epochs": epoch_images, "images": 1}[self.unit] * self.count
@@ -58,9 +63,37 @@ def _type_name(kind: Any) -> str:
     return {tuple: "a list", list: "a list", dict: "a table"}.get(origin, str(kind)) if origin else str(kind)
 
 
+def _long_name(kind: Any) -> str:
+    """With what is inside: "a number or a table of numbers", "a list of 2 whole numbers"."""
+    if _is_union(kind):
+        return " or ".join(_long_name(member) for member in get_args(kind) if member is not type(None))
+    inner = get_args(kind)
+    if get_origin(kind) not in CONTAINERS or not inner:
+        return _type_name(kind)
+    item = inner[1] if get_origin(kind) is dict else inner[0]
+    fixed = f"{len(inner)} " if get_origin(kind) is tuple and Ellipsis not in inner else ""
+    plural = {int: "whole numbers", float: "numbers", str: "strings"}.get(item, "values")
+    return f"{_type_name(kind)} of {fixed}{plural}"
+
+
+def shown(value: Any) -> str:
+    """A value as TOML would write it, shortened where it is long."""
+    if isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
+    elif type(value) is int and not -LARGEST <= value < LARGEST:  # Python refuses to write numbers of thousands of digits
+        return f"a number of {value.bit_length()} bits"
+    elif isinstance(value, (list, tuple)):
+        text = f"[{', '.join(map(shown, value[:SHOWN]))}{', …' if len(value) > SHOWN else ''}]"
+    elif isinstance(value, dict):
+        pairs = [f"{key} = {shown(item)}" for key, item in list(value.items())[:SHOWN]]
+        text = f"{{ {', '.join(pairs)}{', …' if len(value) > SHOWN else ''} }}" if value else "{}"
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def _mismatch(kind: Any, value: Any) -> ValueError:
-    shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value}"
-    return ValueError(f"expected {_type_name(kind)}, got {shown}")
+    return ValueError(f"expected {_type_name(kind)}, got {shown(value)}")
 
 
 def _scalar(kind: type) -> Callable[[Any, Any], Any]:
@@ -83,7 +116,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _make_converter() -> cattrs.Converter:
-    converter = cattrs.Converter(detailed_validation=True)
+    converter = cattrs.Converter(detailed_validation=True, forbid_extra_keys=True)
     for kind in (int, float, bool, str):
         converter.register_structure_hook(kind, _scalar(kind))
     converter.register_structure_hook(Length, lambda value, _: Length.parse(_scalar(str)(value, str)))
@@ -149,16 +182,23 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
                 doc = attribute.metadata.get("doc", "")
                 problems.append(f"{where}.{name}: missing ({_type_name(attribute.type)}{': ' + doc if doc else ''})")
             continue
+        if attrs.has(attribute.type) and attribute.type is not Length:
+            if isinstance(table[name], dict):
+                values[name] = structure(attribute.type, table[name], f"{where}.{name}", problems)
+            else:
+                problems.append(f"{where}.{name}: expected a table, got {shown(table[name])}")
+            continue
         try:
             values[name] = _CONVERTER.structure(table[name], attribute.type)
         except (ValueError, cattrs.BaseValidationError) as error:
             for line in _lines(error, f"{where}.{name}"):
                 reason, _, place = line.rpartition(" @ ")
+                place = re.sub(r"\['([^']*)'\]", r".\1", place)  # dotted, as the recipe has it
                 problems.append(f"{place}: {reason}")
             continue
         bounds = attribute.metadata.get("bounds", Bounds())
         if not bounds.allows(values[name]):
-            problems.append(f"{where}.{name}: must be {bounds}, got {plain(values[name])!r}")
+            problems.append(f"{where}.{name}: must be {bounds}, got {shown(plain(values[name]))}")
     if len(problems) > before:
         return None
     try:
@@ -204,17 +244,20 @@ def plain(value: Any) -> Any:
 
 
 def describe(cls: type) -> list[dict[str, Any]]:
-    """The options of a config class, for people."""
+    """The options of a config class, for people; those of a config class inside it with dotted names."""
     attrs.resolve_types(cls)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for attribute in attrs.fields(cls):
         default: Any = attribute.default
         if hasattr(default, "factory"):  # attrs.Factory
             default = default.factory()
+        if attrs.has(attribute.type) and attribute.type is not Length:
+            rows += [{**row, "option": f"{attribute.name}.{row['option']}"} for row in describe(attribute.type)]
+            continue
         rows.append(
             {
                 "option": attribute.name,
-                "type": _type_name(attribute.type),
+                "type": _long_name(attribute.type),
                 "default": "required" if default is NOTHING else plain(default),
                 "bounds": str(attribute.metadata.get("bounds", "")),
                 "meaning": attribute.metadata.get("doc", ""),

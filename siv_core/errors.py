@@ -17,7 +17,7 @@ class UserError(SivError):
     exit_code = 2
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems = tuple(map(one_line, (problems,) if isinstance(problems, str) else problems))
         super().__init__("\n".join(self.problems))
 
 
@@ -37,6 +37,12 @@ class Stopped(SivError):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
         self.exit_code = 128 + signum
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """Strangers' text as one line that does nothing to a terminal: what does not print is escaped, much is cut in the middle."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:

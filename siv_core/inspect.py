@@ -41,6 +41,7 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
     report: dict[str, Any] = {"recipe": recipe.name, "profiles": list(recipe.profiles), "data": {"name": recipe.data.name}}
     try:
         built = build.build(recipe, catalogue, data)
+        build.room(built, on_cpu=not session.nvidia_present())
     except UserError:
         if lacking is None:
             raise
@@ -58,6 +59,8 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
         }
         for number, plan in enumerate(recipe.stages)
     ]
+    if recipe.init:
+        session.start_of(recipe)
     needs = [f"metric {name}: {need}" for name, metric in built.metrics().items() for need in metric.needs()]
     report["not_at_hand"] = [*build.missing(built), *needs]
     return report
@@ -81,8 +84,8 @@ def flops(built: Built, number: int) -> int:
     objective = built.objective(plan)
     priors = modules["prior"]
     assert isinstance(priors, Priors)
-    drawn = objective.draw(plan.batch, Streams(0, 0), sources(built.networks.groups, priors, modules["decoder"]))
-    noise = tree_map(drawn, lambda x: x.to("meta"))
+    drawn = objective.draw(1, Streams(0, 0), sources(built.networks.groups, priors, modules["decoder"]))
+    noise = tree_map(drawn, lambda x: torch.empty(plan.batch, *x.shape[1:], dtype=x.dtype, device="meta"))  # one row a sample
     labels = torch.zeros(plan.batch, dtype=torch.int64, device="meta") if built.spec.conditional else None
     batch = Batch(torch.empty(plan.batch, *built.shape(plan), device="meta"), labels)
     set_stage(modules.values(), Stage(number, built.shape(plan), torch.ones(())))

@@ -1,13 +1,11 @@
 """A recipe: one TOML file, its profiles and the command line's overrides, resolved into components and stages.
 
-Order: recipe < profiles < `--set`. Tables merge key by key; a table whose `name` changes is replaced whole, and so are lists.
+Order: recipe < profiles < `--set`; `layers` says how they are read and merged.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,12 @@ from attrs import evolve, field, frozen
 
 from siv_core.catalogue import Catalogue
 from siv_core.component import option
-from siv_core.convert import Length, plain, structure
+from siv_core.convert import Length, plain, shown, structure
 from siv_core.errors import UserError, near_miss
+from siv_core.layers import Layer, Places, merge, overlay, read, setting, tree_of
 
 FORMAT = 1
+PLAYERS = ("encoder", "decoder", "prior")
 STAGED = ("objective", "optim", "train", "data")  # what a stage may change; of train only batch, of data only size
 FREE = re.compile(r"metrics|stages\[\d+\]\.length|train\.(tick|preview|checkpoint|keep_every|residency)")  # see `differences`
 
@@ -50,9 +50,7 @@ class Optim:
 class ShadowOptions:
     """`[shadow]`: exponential averages of players, which models use where they are kept."""
 
-    of: tuple[str, ...] = option(
-        ("encoder", "decoder", "prior"), doc="the players to average", choices=("encoder", "decoder", "prior")
-    )
+    of: tuple[str, ...] = option(PLAYERS, doc="the players to average", choices=PLAYERS)
     half_life: Length = option(Length(10_000, "images"), doc="after this long a weight counts half")
 
 
@@ -134,6 +132,11 @@ class Recipe:
     profiles: tuple[str, ...]
     automatic_profile: bool
     sets: tuple[str, ...] = field(default=())
+    places: Places | None = field(default=None, eq=False, repr=False)
+
+    def told(self, problems: Iterable[str]) -> UserError:
+        """Problems "dotted.key: reason" that were found after reading, with the places where they stand."""
+        return self.places.told(problems) if self.places else UserError(problems)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that determines the result, as JSON types; what `resolved.json` holds and a resume compares."""
@@ -184,12 +187,8 @@ def load(
     `cpu_only`: no NVIDIA device is present, so that a profile named `cpu` applies by itself (`none` among the profiles
     turns that off).
     """
-    source = _read(path)
-    try:
-        tree = tomllib.loads(source.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # tomllib lets through what Python says of long numbers and deep nests
-        raise UserError(f"{path}: not TOML ({error})") from error
-    return parse(tree, path, source, catalogue, tuple(profiles), tuple(sets), cpu_only)
+    source = read(path)
+    return parse(tree_of(path, source), path, source, catalogue, tuple(profiles), tuple(sets), cpu_only)
 
 
 def parse(
@@ -202,24 +201,32 @@ def parse(
     cpu_only: bool,
 ) -> Recipe:
     """The recipe in a TOML tree; see `load`."""
+    problems: list[str] = []
     known = tree.get("profiles", {})
-    named = known if isinstance(known, dict) else {}
-    wrong = [f"profiles.{key}" for key, table in named.items() if not isinstance(table, dict)] if known is named else ["profiles"]
-    if wrong:
-        raise UserError(f"{path}: {key}: expected a table" for key in wrong)
+    if not isinstance(known, dict):
+        problems.append("profiles: expected a table of tables, such as [profiles.cpu.train]")
+        known = {}
+    problems += [f"profiles.{key}: expected a table" for key, table in known.items() if not isinstance(table, dict)]
     automatic = cpu_only and "cpu" in known and not {"none", "cpu"} & set(profiles)
     chosen = (("cpu",) if automatic else ()) + tuple(name for name in profiles if name != "none")
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        raise UserError(f"{path}: no profile '{name}'{near_miss(name, known)}" for name in unknown)
+    hint = "" if known else "; the recipe has none"
+    problems += [f"no profile '{name}'{near_miss(name, known) or hint}" for name in chosen if name not in known]
+    layers = [Layer(tree, str(path))]
+    layers += [Layer(known[name], str(path), ("profiles", name)) for name in chosen if isinstance(known.get(name), dict)]
+    unread: list[str] = []
+    for given in sets:
+        try:
+            layers.append(Layer(setting(given), f"--set {given}"))
+        except UserError as error:
+            unread += error.problems
     merged = {key: value for key, value in tree.items() if key != "profiles"}
-    for over in (*(known[name] for name in chosen), *map(_set, sets)):
-        merged = overlay(merged, over)
-    problems: list[str] = []
+    for layer in layers[1:]:
+        merged = overlay(merged, layer.tree)
+    places = Places(tuple(layers), merged, source.decode(errors="replace"))
     recipe = _Reader(catalogue, problems).recipe(merged, path.stem, source)
-    if recipe is None or problems:
-        raise UserError(f"{path}: {line}" for line in problems)
-    return evolve(recipe, profiles=chosen, automatic_profile=automatic, sets=sets)
+    if recipe is None or problems or unread:
+        raise UserError((*unread, *places.told(problems).problems))
+    return evolve(recipe, profiles=chosen, automatic_profile=automatic, sets=sets, places=places)
 
 
 def as_before(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
@@ -227,62 +234,16 @@ def as_before(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:
     return evolve(recipe, name=manifest["recipe"], automatic_profile=manifest["automatic_profile"])
 
 
-def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`merge` for whole recipes: stages and a length say the same thing, so the one that comes later takes the other's place."""
-    merged = merge(base, over)
-    train = over.get("train")
-    if "stages" in over and isinstance(merged.get("train"), dict):
-        merged["train"].pop("length", None)
-    elif isinstance(train, dict) and "length" in train:
-        merged.pop("stages", None)
-    return merged
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, as the module's head says; neither is changed."""
-    merged = copy.deepcopy(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
 def dataset_choice(catalogue: Catalogue, name: str, sets: tuple[str, ...]) -> Choice:
     """A data set outside a recipe, from its name and `KEY=VALUE` options."""
     table: dict[str, Any] = {"name": name}
-    for setting in sets:
-        table = merge(table, _set(setting))
+    for given in sets:
+        table = merge(table, setting(given))
     problems: list[str] = []
     choice = _Reader(catalogue, problems).choice("dataset", table, "data")
     if choice is None:
         raise UserError(problems)
     return choice
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > 1_000_000:
-            raise UserError(f"{path}: over 1 MB, this is no recipe")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); `siv recipes ls` lists those siv ships") from error
-
-
-def _set(setting: str) -> dict[str, Any]:
-    """{"train": {"batch": 8}} from "train.batch=8"; what is no TOML value is taken as a string."""
-    key, sign, text = setting.partition("=")
-    if not sign or not key:
-        raise UserError(f"--set {setting}: expected KEY=VALUE, such as --set train.batch=8")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return dict(value)
 
 
 class _Reader:
@@ -295,14 +256,17 @@ class _Reader:
         self.catalogue, self.problems = catalogue, problems
 
     def recipe(self, tree: dict[str, Any], name: str, source: bytes) -> Recipe | None:
-        if tree.get("format") != FORMAT:
-            self.problems.append(f"format: this siv reads recipes with `format = {FORMAT}`, got {tree.get('format')!r}")
+        if "format" not in tree:
+            self.problems.append(f"format: missing; a recipe for this siv begins with `format = {FORMAT}`")
+        elif type(tree["format"]) is not int or tree["format"] != FORMAT:
+            self.problems.append(f"format: this siv reads recipes with `format = {FORMAT}`, got {shown(tree['format'])}")
         known = (*self.TABLES, *self.OPTIONAL)
         self.problems += [f"{key}: unknown table{near_miss(key, known)}" for key in tree if key not in known]
-        for key, kind in (("stages", list), ("metrics", dict), ("optim", dict), ("prior", dict), ("network", dict)):
+        tree = dict(tree)
+        for key, kind in (("stages", list), ("metrics", dict), ("optim", dict), ("prior", dict)):
             if not isinstance(tree.get(key, kind()), kind):
                 self.problems.append(f"{key}: expected {'a list of tables' if kind is list else 'a table'}")
-                return None
+                del tree[key]  # what is wrong with the rest is told as well
         train = self.options(Train, tree, "train")
         data = self.choice("dataset", tree.get("data"), "data")
         metrics = {
@@ -314,7 +278,7 @@ class _Reader:
             "network": self.network(tree.get("network")),
             "reconstruction": self.choice("reconstruction", tree.get("reconstruction", {"name": "mse"}), "reconstruction"),
             "prior": self.prior(tree.get("prior", {})),
-            "stages": self.stages(tree, train) if train else (),
+            "stages": self.stages(tree, train),
             "shadow": self.options(ShadowOptions, tree, "shadow") if "shadow" in tree else None,
             "metrics": metrics,
             "init": self.options(Init, tree, "init") if "init" in tree else None,
@@ -355,32 +319,36 @@ class _Reader:
         if "name" in table:
             return {"": self.choice("prior", table, "prior")}
         named = {group: self.choice("prior", value, f"prior.{group}") for group, value in table.items()}
+        self.problems += [f"prior.{key}: no group; [prior] with a name is for all groups" for key in ("", "all") if key in named]
         return {"": self.choice("prior", {"name": "standard_normal"}, "prior"), **named}
 
-    def stages(self, tree: dict[str, Any], train: Train) -> tuple[StagePlan | None, ...]:
+    def stages(self, tree: dict[str, Any], train: Train | None) -> tuple[StagePlan | None, ...]:
         tables = tree.get("stages", [])
-        if bool(tables) == (train.length is not None):
+        if train and bool(tables) == (train.length is not None):
             self.problems.append('train.length: give either a length such as "400 epochs" or [[stages]], which have theirs')
-            return ()
         if not tables:
-            return (self.stage(tree, {"length": str(train.length)}, ""),)
+            length = train.length if train else None  # where it is not known the rest of the stage is read for its problems
+            return (self.stage(tree, {"length": str(length or "1 step")}, ""),)
         return tuple(self.stage(tree, table, f"stages[{i}].") for i, table in enumerate(tables))
 
     def stage(self, tree: dict[str, Any], table: Any, where: str) -> StagePlan | None:
         if not isinstance(table, dict):
-            self.problems.append(f"{where}: expected a table")
+            self.problems.append(f"{where.rstrip('.')}: expected a table")
             return None
+        wrong = [key for key in STAGED if key in table and not isinstance(table[key], dict)]
+        self.problems += [f"{where}{key}: expected a table" for key in wrong]
+        table = {key: value for key, value in table.items() if key not in wrong}
         over = {key: table[key] for key in STAGED if isinstance(table.get(key), dict)}
         own = {key: value for key, value in table.items() if key not in over}
         options = structure(StageOptions, own, where.rstrip(".") or "train", self.problems)
-        wrong = over.get("train", {}).keys() - {"batch"}
-        self.problems += [f"{where}train.{name}: a stage may change only train.batch" for name in sorted(wrong)]
+        others = over.get("train", {}).keys() - {"batch"}
+        self.problems += [f"{where}train.{name}: a stage may change only train.batch" for name in sorted(others)]
         data = structure(StageData, over["data"], f"{where}data", self.problems) if "data" in over else None
         merged = merge({key: value for key, value in tree.items() if key in STAGED}, over)
         objective = self.choice("objective", merged.get("objective"), f"{where}objective")
         optim = self.optim(merged.get("optim", {}), f"{where}optim")
         batch = self.options(Train, merged, f"{where}train") if "train" in over else None
-        if options is None or objective is None:
+        if self.problems or options is None or objective is None:
             return None
         return StagePlan(
             length=options.length,
@@ -397,5 +365,8 @@ class _Reader:
         common = {key: value for key, value in table.items() if key not in players}
         found = {"": structure(Optim, common, where, self.problems)}
         for player, own in players.items():
-            found[player] = structure(Optim, {**common, **own}, f"{where}.{player}", self.problems)
+            if player not in PLAYERS:
+                self.problems.append(f"{where}.{player}: no such player{near_miss(player, PLAYERS)}")
+            shared = common if found[""] else {}  # what is wrong for all is told once
+            found[player] = structure(Optim, {**shared, **own}, f"{where}.{player}", self.problems)
         return found

@@ -146,6 +146,9 @@ def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, wat
         data.prepare(watcher.progress)
     processes.wait()
     built = build.build(read, known, data)
+    build.room(built, on_cpu=device.type == "cpu")
+    if read.init and not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints")):
+        start_of(read)  # a run to start from that is not there is told before anything is made
     lacking = build.missing(built)
     if lacking:
         raise UserError(lacking)
@@ -178,7 +181,7 @@ def _train_and_measure(
         return Run(found.path, "finished")
     processes.wait()  # each has read by now what the main one is about to write anew
     if read.init and not newest:
-        _start_from(built, read.init)
+        _restore(built, start_of(read), read.init.weights)
     trainer = Trainer.of(built, found, device, processes, watcher)
     if newest:
         trainer.resume(newest)
@@ -294,9 +297,15 @@ def _restore(built: Built, path: Path, weights: str) -> str:
     return used
 
 
-def _start_from(built: Built, init: recipe.Init) -> None:
-    source = RunDir.existing(Path(init.run))
-    _restore(built, checkpoint.path_of(source.checkpoints, init.checkpoint), init.weights)
+def start_of(read: recipe.Recipe) -> Path:
+    """The checkpoint that `[init]` names."""
+    assert read.init
+    try:
+        path = checkpoint.path_of(RunDir.existing(Path(read.init.run)).checkpoints, read.init.checkpoint)
+        used_weights(path, read.init.weights)
+    except UserError as error:
+        raise read.told(f"init.run: {line}" for line in error.problems) from error
+    return path
 
 
 def need_data(built: Built, progress: Any) -> None:

@@ -149,7 +149,7 @@ def test_wrong_recipes(siv, tiny, tmp_path):
     tiny.write_text(TINY.replace('"mlp"', '"mpl"').replace("batch", "bacth"))
     done = siv("run", tiny)
     refused(done, "network.name: no network is called 'mpl'; did you mean 'mlp'?", "train.bacth: unknown key")
-    assert all(line.startswith(f"error: {tiny}: ") for line in done.stderr.splitlines())
+    assert all(re.match(rf"error: {tiny}:\d+: ", line) for line in done.stderr.splitlines())
     tiny.write_text(TINY)
     refused(siv("run", tiny, "--set", "objective.beta_kl={ x = 1.0 }"), "objective.beta_kl: the groups are z, got x")
     assert not (tmp_path / "runs").exists()

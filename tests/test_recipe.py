@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siv_core import build
-from siv_core import recipe as recipes
 from siv_core.component import PerGroup, option
 from siv_core.convert import Length, describe, plain, structure
 from siv_core.errors import UserError
-from siv_core.recipe import Recipe, Train, dataset_choice, differences, load, merge
+from siv_core.layers import lines_of, merge, overlay, paths, setting
+from siv_core.recipe import Recipe, Train, dataset_choice, differences, load
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
@@ -50,13 +52,14 @@ def read(catalogue, tmp_path):
 
 @pytest.fixture
 def problems(read):
-    """What is said of a wrong recipe, without the file's name."""
+    """What is said of a wrong recipe, without the file's name and line."""
 
     def problems(text: str, **more: Any) -> list[str]:
         with pytest.raises(UserError) as error:
             read(text, **more)
-        assert all("some.toml: " in line for line in error.value.problems)
-        return [line.partition("some.toml: ")[2] for line in error.value.problems]
+        told = [re.fullmatch(r".*some\.toml(?::\d+)?: (.*)|(--set .*)", line) for line in error.value.problems]
+        assert all(told)
+        return [match[1] or match[2] for match in told if match]
 
     return problems
 
@@ -346,7 +349,8 @@ def test_lengths_stand_in_one_place(problems):
 
 
 def test_stages_that_are_no_list_of_tables(problems):
-    assert problems("stages = 3" + STAGES) == ["stages: expected a list of tables"]
+    length = 'train.length: give either a length such as "400 epochs" or [[stages]], which have theirs'
+    assert problems("stages = 3" + STAGES) == ["stages: expected a list of tables", length]
     assert any(line.startswith("stages[1]") for line in problems('stages = [{ length = "1 steps" }, 3]' + STAGES))
 
 
@@ -435,7 +439,7 @@ def test_a_length_is_never_cut_short(count, batch, epoch):
         ("logvar_bound = nan", "train.logvar_bound: expected a finite number, got nan"),
         ("logvar_bound = inf", "train.logvar_bound: expected a finite number, got inf"),
         ("logvar_bound = -0.5", "train.logvar_bound: must be >= 0, got -0.5"),
-        ("precision = 'fp23'", "train.precision: must be one of 'fp32', 'tf32', 'bf16', got 'fp23'"),
+        ("precision = 'fp23'", "train.precision: must be one of 'fp32', 'tf32', 'bf16', got \"fp23\""),
         ("precision = 32", "train.precision: expected a string, got 32"),
         ("tick = 50", "train.tick: expected a string, got 50"),
         ('tick = "0 steps"', "train.tick: expected a length such as"),
@@ -459,7 +463,7 @@ def test_values_are_taken_as_they_are_or_not_at_all(problems, line, problem):
         ("hidden = 3", "network.hidden: expected a list, got 3"),
         ('hidden = "33"', 'network.hidden: expected a list, got "33"'),
         ('hidden = [3, "x"]', 'network.hidden[1]: expected a whole number, got "x"'),
-        ("hidden = [3, 0]", "network.hidden: must be >= 1, got [3, 0]"),
+        ("hidden = [3, 0]", "network.hidden: must be >= 1 and <= 65536, got [3, 0]"),
         ("hidden = [3, 4.0]", "network.hidden[1]: expected a whole number, got 4.0"),
     ],
 )
@@ -500,12 +504,13 @@ lenght = "12 steps"
         "dta: unknown table; did you mean 'data'?",
         "data.held_out: must be >= 1 and <= 1796, got 0",
         "network.name: no network is called 'mpl'; did you mean 'mlp'?",
+        "objective.beta_neg: expected a number or a table, got nan",
         "train.batch: expected a whole number",
         "train.lenght: unknown key; did you mean 'length'?",
         "metrics.latent_probe.name: no metric is called 'latent_probe'; did you mean 'latent_probes'?",
     ):
         assert any(line.startswith(start) for line in told), start
-    assert len(told) == 7  # the objective stands in the stages, which cannot be read while [train] is wrong
+    assert len(told) == 8
 
 
 def test_unknown_keys_are_told_in_a_fixed_order(problems):
@@ -521,30 +526,80 @@ def test_a_table_without_a_name_is_told_what_there_is(problems, table, catalogue
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("source", "told"),
     [
-        ("[network", "not TOML"),
-        ("a = 1\na = 2", "not TOML"),
-        ("\0\1\2", "not TOML"),
-        (b"\xff\xfe\x00", "not TOML"),
-        (b"format = 1\n#" + b"x" * 1_000_001, "over 1 MB, this is no recipe"),
-        (b"a = " + b"[" * 50_000, "not TOML"),
-        (b"a = 1" + b"0" * 5_000, "not TOML"),
+        (b"", ": empty; `siv recipes copy digits` gives one to start from"),
+        (b" \n\n", ": empty; `siv recipes copy digits`"),
+        (b"format = 1\n[network\n", ":2: not TOML (Expected ']' at the end of a table declaration (at line 2, column 9))"),
+        (b"a = 1\na = 2\n", ":2: not TOML (Cannot overwrite a value (at line 2, column 6))"),
+        (b"\0\1\2", ":1: not TOML (Invalid statement (at line 1, column 1))"),
+        (b"a = 'x\0'", ":1: not TOML (Found invalid character '\\x00'"),
+        (BASE.encode("utf-16"), ": not TOML (UTF-16); a recipe is TOML, text in UTF-8; save it as that"),
+        (BASE.encode("utf-8-sig"), ": not TOML (it starts with a byte order mark); save it as UTF-8 without one"),
+        ("a = 1\n# caf\xe9".encode("latin-1"), ":2: not TOML (byte 0xe9 is no UTF-8); a recipe is TOML, text in UTF-8"),
+        (bytes(range(128, 256)), ":1: not TOML (byte 0x80 is no UTF-8)"),
+        (b"format = 1\n#" + b"x" * 10_000_000, ": 10,000,012 bytes; over 1 MB, this is no recipe"),
+        (b"a = " + b"[" * 50_000, ": not TOML ("),
+        (b"a = 1" + b"0" * 5_000, ": not TOML (Exceeds the limit"),
+        (b"a" + b".a" * 100_000 + b" = 1", ": not TOML (a key of more than 50 parts)"),
+        (b"a = " + b"{ a = " * 60 + b"1" + b" }" * 60, ": not TOML (nested more than 50 deep)"),
     ],
+    ids=str,
 )
-def test_what_is_no_recipe(catalogue, tmp_path, text, words):
+def test_what_is_no_recipe(catalogue, tmp_path, source, told):
     path = tmp_path / "some.toml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=words) as error:
+    path.write_bytes(source)
+    with pytest.raises(UserError) as error:
         load(path, catalogue)
-    assert str(path) in str(error.value)
+    assert str(error.value).startswith(f"{path}{told}")
 
 
-def test_a_file_that_is_not_there(catalogue, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.toml: cannot be read \(No such file"):
+def test_a_file_that_cannot_be_read(catalogue, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.toml: cannot be read \(No such file or directory\); `siv recipes ls` lists"):
         load(tmp_path / "nowhere.toml", catalogue)
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
         load(tmp_path, catalogue)
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "a\0b.toml", catalogue)
+    (tmp_path / "over.toml").symlink_to(tmp_path / "over.toml")
+    with pytest.raises(UserError, match=r"over.toml: cannot be read \(Too many levels of symbolic links"):
+        load(tmp_path / "over.toml", catalogue)
+    os.mkfifo(tmp_path / "pipe.toml")
+    for endless in (tmp_path / "pipe.toml", Path("/dev/zero")):
+        with pytest.raises(UserError, match="no regular file; save the recipe as one"):
+            load(endless, catalogue)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may read everything")
+def test_a_file_of_somebody_else(catalogue, tmp_path):
+    (tmp_path / "some.toml").write_text(BASE)
+    (tmp_path / "some.toml").chmod(0)
+    with pytest.raises(UserError, match=r"some.toml: cannot be read \(Permission denied"):
+        load(tmp_path / "some.toml", catalogue)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BASE.replace("format = 1", ""), "format: missing; a recipe for this siv begins with `format = 1`"),
+        (BASE.replace("format = 1", "format = true"), "format: this siv reads recipes with `format = 1`, got true"),
+        (BASE.replace("12 steps", "9" * 20 + " steps"), "train.length: expected a length of at most 1e+15, got "),
+        (changed('"a\\nb\\u001b[31m" = 1'), r"train.a\nb\x1b[31m: unknown key; known: "),
+        (changed(f"{'x' * 5000} = 1"), "train.xxx"),
+    ],
+)
+def test_other_mistakes(problems, text, told):
+    [line] = problems(text)
+    assert line.startswith(told)
+    assert len(line) < 2100
+
+
+def test_what_is_wrong_beside_an_unknown_profile_is_told_too(problems):
+    assert problems(BASE.replace("12 steps", "12"), profiles=("fast",), sets=["nonsense"]) == [
+        "--set nonsense: expected KEY=VALUE, such as --set train.batch=8",
+        "no profile 'fast'; the recipe has none",
+        'train.length: expected a length such as "400 epochs", "30000 steps" or "8M images", got "12"',
+    ]
 
 
 # -- numbers by group ------------------------------------------------------------------------------------------------------------
@@ -565,15 +620,15 @@ def test_a_table_with_other_groups(read, catalogue, table, got):
     recipe = read(changed(f"beta_kl = {table}", "objective"))
     with pytest.raises(UserError) as error:
         objective_of(recipe, catalogue)
-    assert error.value.problems == (f"objective.beta_kl: the groups are z, got {got}",)
+    assert error.value.problems == (f"{recipe.places.layers[0].place}:11: objective.beta_kl: the groups are z, got {got}",)
 
 
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        ('{ z = "0.5" }', "objective.beta_kl['z']: expected a number, got \"0.5\""),
-        ("{ z = nan }", "objective.beta_kl['z']: expected a finite number, got nan"),
-        ("{ z = -1.0 }", "objective.beta_kl: must be >= 0, got {'z': -1.0}"),
+        ('{ z = "0.5" }', 'objective.beta_kl.z: expected a number, got "0.5"'),
+        ("{ z = nan }", "objective.beta_kl.z: expected a finite number, got nan"),
+        ("{ z = -1.0 }", "objective.beta_kl: must be >= 0, got { z = -1.0 }"),
         ('"0.5"', 'objective.beta_kl: expected a number or a table, got "0.5"'),
         ("[0.5]", "objective.beta_kl: expected a number or a table, got [0.5]"),
         ("nan", "objective.beta_kl: expected a number or a table, got nan"),
@@ -584,14 +639,15 @@ def test_a_table_with_other_values(problems, table, problem):
 
 
 def test_priors_and_optimisers_of_unknown_owners(read, catalogue):
-    for text, words in (
-        (BASE + '[prior.zz]\nname = "standard_normal"\n', "prior.zz: the network has no such group"),
-        (BASE + "[optim.decode]\nlr = 1.0\n", "optim.decode: no such player; did you mean 'decoder'?"),
-    ):
-        recipe = read(text)
-        with pytest.raises(UserError) as error:
-            objective_of(recipe, catalogue)
-        assert error.value.problems[0].startswith(words)
+    recipe = read(BASE + '[prior.zz]\nname = "standard_normal"\n')
+    with pytest.raises(UserError, match=r"some.toml:19: prior.zz: the network has no such group; did you mean 'z'"):
+        objective_of(recipe, catalogue)
+    told = "some.toml:19: optim.decode: no such player; did you mean 'decoder'?"
+    with pytest.raises(UserError, match=re.escape(told)):
+        read(BASE + "[optim.decode]\nlr = 1.0\n")
+    for table in ("prior.all", 'prior.""'):
+        with pytest.raises(UserError, match=r"prior.(all)?: no group; \[prior\] with a name is for all groups"):
+            read(BASE + f'[{table}]\nname = "standard_normal"\n')
 
 
 def test_halves_with_other_groups(read, catalogue):
@@ -666,7 +722,14 @@ def test_other_stages_are_a_difference(read):
 
 
 @frozen
+class Inner:
+    rate: float = option(0.5, doc="of the inner", le=1)
+
+
+@frozen
 class Everything:
+    inner: Inner = option(Inner(), doc="options of its own")
+    pair: tuple[float, float] = option((0.5, 0.9), doc="two numbers")
     needed: int = option(doc="has no default", ge=1, lt=10)
     number: float = option(1.0, doc="a number", gt=0)
     group: PerGroup = option(2.0, doc="a number or a table", ge=0)
@@ -680,7 +743,10 @@ def test_describe():
     needed = rows["needed"]
     assert (needed["type"], needed["default"], needed["bounds"]) == ("a whole number", "required", ">= 1 and < 10")
     assert needed["meaning"] == "has no default"
-    assert (rows["group"]["type"], rows["group"]["default"]) == ("a number or a table", 2.0)
+    assert (rows["group"]["type"], rows["group"]["default"]) == ("a number or a table of numbers", 2.0)
+    assert (rows["group"]["bounds"], rows["table"]["type"]) == (">= 0", "a table of whole numbers")
+    assert (rows["pair"]["type"], rows["pair"]["default"]) == ("a list of 2 numbers", [0.5, 0.9])
+    assert (rows["inner.rate"]["bounds"], rows["inner.rate"]["meaning"]) == ("<= 1", "of the inner")
     assert rows["table"]["default"] == {"a": 1}
     assert rows["choice"]["bounds"] == "one of 'x', 'y'"
     assert rows["length"]["default"] == "8000000 images"
@@ -691,6 +757,22 @@ def test_a_missing_option_is_told_with_what_it_is():
     problems: list[str] = []
     assert structure(Everything, {}, "some.where", problems) is None
     assert problems == ["some.where.needed: missing (a whole number: has no default)"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "told"),
+    [
+        ({"raet": 1.0}, "some.inner.raet: unknown key; did you mean 'rate'?"),
+        ({"rate": 2.0}, "some.inner.rate: must be <= 1, got 2.0"),
+        (3, "some.inner: expected a table, got 3"),
+        ({"rate": True}, "some.inner.rate: expected a number, got true"),
+    ],
+)
+def test_options_of_a_config_class_inside_another_are_as_strict(inner, told):
+    problems: list[str] = []
+    assert structure(Everything, {"needed": 1, "inner": inner}, "some", problems) is None
+    assert problems == [told]
+    assert structure(Everything, {"needed": 1, "inner": {"rate": 0.25}}, "some", []).inner == Inner(rate=0.25)
 
 
 def test_tables_of_defaults_are_not_shared():
@@ -730,6 +812,131 @@ def test_a_shipped_recipe(path, catalogue):
 
 def test_a_later_length_takes_the_place_of_stages_and_the_other_way_round():
     staged = {"train": {"batch": 8}, "stages": [{"length": "3 steps"}]}
-    assert recipes.overlay(staged, {"train": {"length": "5 steps"}}) == {"train": {"batch": 8, "length": "5 steps"}}
+    assert overlay(staged, {"train": {"length": "5 steps"}}) == {"train": {"batch": 8, "length": "5 steps"}}
     plain = {"train": {"batch": 8, "length": "5 steps"}}
-    assert recipes.overlay(plain, {"stages": [{"length": "3 steps"}]}) == staged
+    assert overlay(plain, {"stages": [{"length": "3 steps"}]}) == staged
+
+
+# -- where a problem stands ------------------------------------------------------------------------------------------------------
+
+PLACES = """format = 1
+[data]
+name = "digits"
+held_out = 0
+[network]
+name = "mlp"
+hidden = [
+  16,
+  "x",
+]
+[objective]
+name = "soft_intro_vae"
+beta_neg = nan
+[train]
+batch = 64
+[[stages]]
+length = "2 steps"
+objective = { name = "vae", beta_kl = -1.0 }
+[[stages]]
+fade = 0.5
+[profiles.cpu.data]
+held_out = 0.5
+"""
+
+
+def told(read: Any, *arguments: Any, **more: Any) -> list[str]:
+    with pytest.raises(UserError) as error:
+        read(*arguments, **more)
+    return [line.rpartition("/")[2] for line in error.value.problems]
+
+
+def test_a_problem_is_told_with_its_line(read):
+    assert told(read, PLACES) == [
+        "some.toml:4: data.held_out: must be >= 1 and <= 1796, got 0",
+        'some.toml:7: network.hidden[1]: expected a whole number, got "x"',
+        "some.toml:18: stages[0].objective.beta_kl: must be >= 0, got -1.0",
+        "some.toml: stages[1].length: missing (a length: how long this stage lasts)",
+        "some.toml:13: objective.beta_neg: expected a number or a table, got nan",
+    ]
+
+
+def test_a_problem_of_a_profile_or_of_set_is_told_there(read):
+    lines = told(read, PLACES, ("cpu",), ["network.hidden=3", "train.bacth=8", "train={ seed = 'x' }"])
+    assert lines[:4] == [
+        "--set train.bacth=8: train.bacth: unknown key; did you mean 'batch'?",
+        "--set train={ seed = 'x' }: train.seed: expected a whole number, got \"x\"",
+        "some.toml:22: data.held_out: expected a whole number, got 0.5",
+        "--set network.hidden=3: network.hidden: expected a list, got 3",
+    ]
+
+
+def test_a_problem_of_what_every_stage_shares_is_told_once(read):
+    stages = STAGES + '[[stages]]\nlength = "2 steps"\n[[stages]]\nlength = "2 steps"\noptim = { lr = 0.0 }\n'
+    text = stages.replace("beta_neg = 4.0", "beta_neg = -4.0").replace("lr = 1e-3", "lr = 'x'\n[optim.prior]\neps = 1.0")
+    assert told(read, text) == [
+        "some.toml:12: objective.beta_neg: must be >= 0, got -4.0",
+        'some.toml:15: optim.lr: expected a number, got "x"',
+        "some.toml:24: stages[1].optim.lr: must be > 0, got 0.0",
+    ]
+
+
+def test_everything_that_does_not_fit_is_told_at_once_with_its_line(read, catalogue):
+    text = changed("beta_kl = { q = 1.0 }", "objective") + '[prior.y]\nname = "standard_normal"\n[metrics.content_transfer]\n'
+    text += "[[stages]]\nlength = '1 step'\n[[stages]]\nlength = '1 step'\nobjective = { beta_neg = {} }\n"
+    recipe = read(text.replace('length = "12 steps"\n', ""))
+    assert told(build.build, recipe, catalogue, build.dataset(recipe, catalogue)) == [
+        "some.toml:19: prior.y: the network has no such group; known: z",
+        "some.toml:11: objective.beta_kl: the groups are z, got q",
+        "some.toml:26: stages[1].objective.beta_neg: the groups are z, got none",
+        "some.toml:21: metrics.content_transfer: needs a network with a class and a content group, such as adain",
+    ]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_lines_of_a_shipped_recipe(path):
+    text = path.read_text()
+    lines = text.split("\n")
+    found = lines_of(text)
+    assert found.keys() == {keys for keys, _ in paths(tomllib.loads(text))}
+    for keys, number in found.items():
+        assert str([key for key in keys if isinstance(key, str)][-1]) in lines[number - 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a = 1\r\nb = 2\r\n", {("a",): 1, ("b",): 2}),
+        ('a = """\nb = 1\n"""\nb = 2', {("a",): 1, ("b",): 4}),
+        ("# c\n\n[x]\n[x.y]\nz.w = 1", {("x",): 3, ("x", "y"): 4, ("x", "y", "z"): 5, ("x", "y", "z", "w"): 5}),
+        ("[[s]]\n[s.t]\n[[s.u]]\n[[s]]\na = [{ b = 1 },\n{ b = 2 }]", None),
+        ("a = [" + "\n1," * 600 + "\n]\nb = 1", {}),  # longer than anything a person writes: nothing is said
+    ],
+)
+def test_lines_of(text, lines):
+    found = lines_of(text)
+    if lines is None:
+        assert found["s", 0, "u", 0], found["s", 1] == (3, 4)
+        assert found["s", 1, "a", 1, "b"] == 5
+    else:
+        assert found == lines
+
+
+@pytest.mark.parametrize(
+    ("key", "path"), [("a.b", ("a", "b")), ('a."b.c"', ("a", "b.c")), ("'x y'", ("x y",)), (" a . b ", ("a", "b"))]
+)
+def test_the_key_of_a_setting_is_read_as_toml_reads_it(key, path):
+    tree: Any = setting(f"{key}=5")
+    for part in path:
+        tree = tree[part]
+    assert tree == 5
+
+
+@pytest.mark.parametrize("key", ["stages[0].length", "a..b", ".a", "a.", "#a", "a b", "a\nb", "[a]", ".".join("a" * 60)])
+def test_a_setting_of_no_key(key):
+    with pytest.raises(UserError, match=r"expected a dotted key such as train.batch before the =; lists are given whole"):
+        setting(f"{key}=5")
+
+
+def test_what_follows_a_line_break_in_a_setting_is_not_lost(read):
+    [line] = told(read, BASE, (), ["train.batch=3\nfoo=4"])
+    assert line == r'--set train.batch=3\nfoo=4: train.batch: expected a whole number, got "3\nfoo=4"'

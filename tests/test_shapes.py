@@ -151,7 +151,7 @@ def test_two_stages_with_a_fade(catalogue, tmp_path):
 
 def test_a_size_that_the_network_does_not_grow_to_is_refused(catalogue, tmp_path):
     stages = [{"length": "2 steps", "data": {"size": 4}}, {"length": "2 steps"}]
-    with pytest.raises(UserError, match=r"data.size 4: network 'mlp' is made for \[1, 8, 8\] alone"):
+    with pytest.raises(UserError, match=r"stages\[0\].data.size: 4 does not fit: network 'mlp' is made for \[1, 8, 8\] alone"):
         toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
     stages[0]["data"]["size"] = 8  # the data's own
     toys.trainer(catalogue, tmp_path, toys.tree(stages=stages, train={"batch": 64}))
