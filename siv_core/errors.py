@@ -39,9 +39,9 @@ class Stopped(SivError):
         self.exit_code = 128 + signum
 
 
-def one_line(text: str, most: int = 2000) -> str:
+def one_line(text: object, most: int = 2000) -> str:
     """Strangers' text as one line that does nothing to a terminal: what does not print is escaped, much is cut in the middle."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
     return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
 
 
@@ -54,8 +54,3 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
-
-
-def one_line(text: object) -> str:
-    """Text that every terminal takes, on one line: control characters and the undecodable bytes of file names as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
