@@ -6,20 +6,24 @@ A checkpoint appears under its name in one rename, whole, or not at all. Nothing
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from siv_core import files
 from siv_core.errors import UserError
-from siv_core.files import TEMPORARY, digest, read_json, sync_folder, write_json
+from siv_core.files import TEMPORARY, digest, read_json, sync_folder, write_json, writing
 
 FORMAT = 1
+COUNTERS = ("step", "images_seen", "number", "tick_images")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam keeps of a parameter
 Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
 
 
@@ -30,31 +34,46 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pa
         if not problems(final):
             return final
         remove(final)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     temporary = folder / f"{TEMPORARY}{os.getpid()}-{final.name}"
-    temporary.mkdir()
-    listing = {}
-    for stem, named in tensors.items():
-        path = temporary / f"{stem}.safetensors"
-        save_file({key: value.detach().cpu().clone().contiguous() for key, value in named.items()}, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        listing[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-    write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": listing})
-    sync_folder(temporary)
-    os.replace(temporary, final)
-    sync_folder(folder)
+    try:
+        with writing(final):
+            temporary.mkdir()
+            listing = {f"{stem}.safetensors": _write(temporary / f"{stem}.safetensors", own) for stem, own in tensors.items()}
+            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": listing})
+            sync_folder(temporary)
+            os.replace(temporary, final)
+            sync_folder(folder)
+    except BaseException:
+        with contextlib.suppress(OSError, UserError):  # room for those who may need it; what stays goes at the next start
+            files.remove(temporary)
+        raise
     return final
 
 
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What `state.json` says of the file."""
+    data = safetensors.torch.save({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()})
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors on the CPU and the state; a damaged checkpoint is a `UserError`."""
+    """The tensors on the CPU and the state; a damaged checkpoint is a `UserError` that names the one before it."""
     wrong = problems(path)
     if wrong:
-        raise UserError(wrong)
+        raise UserError([*wrong, *offer(path)])
     state = read_json(path / "state.json")
-    stems = [Path(name).stem for name in state["files"]]
-    return {stem: load_file(path / f"{stem}.safetensors") for stem in stems}, state
+    tensors = {}
+    for name in state["files"]:
+        try:
+            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
+        except Exception as error:  # the reader lets through whatever it runs into
+            raise UserError([f"{path / name}: damaged, not safetensors ({error})", *offer(path)]) from error
+    return tensors, state
 
 
 def problems(path: Path) -> list[str]:
@@ -63,23 +82,65 @@ def problems(path: Path) -> list[str]:
         state = read_json(path / "state.json")
     except UserError as error:
         return list(error.problems)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        return [f"{path}: this siv reads checkpoints of format {FORMAT}"]
-    if not isinstance(state.get("files"), dict):
-        return [f"{path / 'state.json'}: damaged, it names no files"]
+    wrong = files.format_problem(state, path / "state.json", FORMAT) or _state_problems(state, path)
+    if wrong:
+        return wrong
     found = []
     for name, expected in state["files"].items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if not re.fullmatch(r"[^/\0]+\.safetensors", name):
+            found.append(f"{path / 'state.json'}: damaged, it names a file {name!r}")
+        elif not file.is_file():
             found.append(f"{file}: missing")
-        elif file.stat().st_size != expected["bytes"] or digest(file) != expected["sha256"]:
+        elif {"bytes": file.stat().st_size, "sha256": digest(file)} != expected:
             found.append(f"{file}: damaged, its size or sha256 is not what was saved")
     return found
 
 
+def _state_problems(state: dict[str, Any], path: Path) -> list[str]:
+    """Whether `state.json` has all that a resume takes from it, each of its kind."""
+    stats = _table(state.get("stats"))
+    names, samples = _table(stats.get("names"), {"": None}), _table(stats.get("samples"))
+    good = {key: _count(state.get(key)) for key in COUNTERS}
+    good["files"] = bool(_table(state.get("files")))
+    good["offsets"] = all(_count(value) for value in _table(state.get("offsets"), {"": None}).values())
+    good["stats"] = names.keys() == samples.keys() and all(
+        isinstance(names[phase], list) and all(isinstance(name, str) for name in names[phase]) and _count(samples[phase])
+        for phase in names
+    )
+    wrong = [f"{path / 'state.json'}: damaged, '{key}' is missing or not what siv writes" for key in good if not good[key]]
+    if not wrong and path.name != f"step_{state['step']:08d}":
+        wrong = [f"{path}: holds the checkpoint of step {state['step']}; give the folder its own name back"]
+    return wrong
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _table(value: Any, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
+    return value if isinstance(value, dict) else otherwise or {}
+
+
+def offer(path: Path) -> list[str]:
+    """A line that names the newest whole checkpoint before `path` and how to take it; nothing where there is none."""
+    before = [step for step in steps(path.parent) if step < _step(path.name)]
+    for step in reversed(before):
+        if not problems(path_of(path.parent, str(step))):
+            take = f"--checkpoint {step} takes it, and a resume does so once {path.name} is moved away"
+            return [f"the checkpoint of step {step} before it is whole: {take}"]
+    return []
+
+
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if path.name[5:].isdigit())
+    return sorted(step for path in folder.glob("step_*") if (step := _step(path.name)) >= 0)
+
+
+def _step(name: str) -> int:
+    """The step of a checkpoint's folder, −1 where it is none."""
+    digits = name.removeprefix("step_")
+    return int(digits) if re.fullmatch(r"[0-9]{8,18}", digits) and name == f"step_{int(digits):08d}" else -1
 
 
 def path_of(folder: Path, which: str) -> Path:
@@ -94,10 +155,13 @@ def path_of(folder: Path, which: str) -> Path:
     return folder / f"step_{int(which):08d}"
 
 
-def prune(folder: Path, keep_every: int) -> None:
-    """Keep the two newest and, counted by their order in training, every `keep_every`-th."""
-    for path in [folder / f"step_{step:08d}" for step in steps(folder)[:-2]]:
-        with contextlib.suppress(UserError):  # a damaged one is left for its owner to look at
+def prune(folder: Path, keep_every: int, newest: int) -> None:
+    """Keep the two newest up to step `newest` and, counted by their order in training, every `keep_every`-th.
+
+    What lies beyond is damaged, else the run had gone on from it; it is left for its owner to look at.
+    """
+    for path in [folder / f"step_{step:08d}" for step in steps(folder) if step <= newest][:-2]:
+        with contextlib.suppress(UserError, KeyError, TypeError):  # so is a damaged one
             if not keep_every or read_json(path / "state.json")["number"] % keep_every:
                 remove(path)
 
@@ -105,8 +169,9 @@ def prune(folder: Path, keep_every: int) -> None:
 def remove(path: Path) -> None:
     """Take the name away first, so that no half-deleted checkpoint is ever met."""
     doomed = path.with_name(f"{TEMPORARY}removed-{os.getpid()}-{path.name}")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    with writing(path):
+        os.replace(path, doomed)
+    files.remove(doomed)
 
 
 def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -117,10 +182,16 @@ def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer | None
     return {f"{name}/{key}": value for name, moments in known for key, value in moments.items()}
 
 
-def restore_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer | None, tensors: dict[str, Tensor]) -> None:
+def restore_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer | None, tensors: dict[str, Tensor], where: str) -> None:
+    """Load moments; what does not belong to this network's parameters is a `UserError`."""
+    parameters = dict(module.named_parameters()) if optimiser else {}
+    expected = {}
+    for name in {key.rpartition("/")[0] for key in tensors} & parameters.keys():  # one that never had a gradient has none
+        scalar = torch.zeros(())
+        expected.update({f"{name}/{moment}": scalar if moment == "step" else parameters[name] for moment in MOMENTS})
+    _check_fit(expected, tensors, where)
     if optimiser is None:
         return
-    parameters = dict(module.named_parameters())
     optimiser.state.clear()
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
@@ -136,15 +207,37 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load weights, or say which tensors are missing, unknown or of another shape."""
-    own = module.state_dict()
+    """Load weights, or say which tensors are missing, unknown, of another shape or type, or not finite."""
+    _check_fit(module.state_dict(), tensors, where)
+    module.load_state_dict(tensors)
+
+
+def _check_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
     wrong = [f"{where}: tensor '{name}' is missing" for name in own.keys() - tensors.keys()]
     wrong += [f"{where}: tensor '{name}' is not part of this network" for name in tensors.keys() - own.keys()]
-    wrong += [
-        f"{where}: tensor '{name}' has shape {list(tensors[name].shape)}, the network needs {list(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
+    for name in own.keys() & tensors.keys():
+        needed, given = own[name], tensors[name]
+        if given.shape != needed.shape:
+            wrong.append(f"{where}: tensor '{name}' has shape {list(given.shape)}, the network needs {list(needed.shape)}")
+        elif given.dtype != needed.dtype:
+            wrong.append(f"{where}: tensor '{name}' is {given.dtype}, the network needs {needed.dtype}")
+        elif not torch.isfinite(given).all() and torch.isfinite(needed).all():
+            wrong.append(f"{where}: tensor '{name}' has values that are not finite")
     if wrong:
         raise UserError(sorted(wrong))
-    module.load_state_dict(tensors)
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Name the checkpoint before `path` beside what keeps this one from fitting."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([*error.problems, *offer(path)]) from error
+
+
+def part(tensors: Tensors, name: str, path: Path) -> dict[str, Tensor]:
+    """One file of a checkpoint; a `UserError` where it has no such file."""
+    if name not in tensors:
+        raise UserError(f"{path / name}.safetensors: not in this checkpoint; is it one of another recipe?")
+    return tensors[name]

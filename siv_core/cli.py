@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import signal
 import sys
 import traceback as traceback_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -14,31 +19,57 @@ from siv_core.cli_data import data
 from siv_core.cli_recipes import recipes
 from siv_core.cli_sweep import sweep
 from siv_core.errors import SivError, UserError, one_line
+from siv_core.files import REMEDIES
 
 if TYPE_CHECKING:
     from siv_core.console import Screen
 
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what no code of ours can be the cause of
+
 
 def main() -> None:
     """`siv`: told failures become lines and an exit code, bugs keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without our letters, names that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(prog_name="siv", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         sys.exit(2)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except UserError as error:
-        for line in error.problems:
-            click.echo(f"error: {line}", err=True)
-        sys.exit(error.exit_code)
+        _end(error.exit_code, [f"error: {line}" for line in error.problems])
     except SivError as error:
-        click.echo(f"error: {error}" if error.exit_code < 128 else str(error), err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(1)
+        _end(error.exit_code, [f"error: {error}" if error.exit_code < 128 else str(error)])
+    except BrokenPipeError:  # `siv … | head`: as a program that the signal ends
+        _print_nothing_more()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        _print_nothing_more()
+        _end(2, [f"error: {error.filename or 'standard output'}: cannot be written ({error.strerror}); {REMEDIES[error.errno]}"])
+
+
+def _end(code: int, lines: list[str]) -> NoReturn:
+    with contextlib.suppress(OSError):  # where the terminal is gone nobody reads them
+        for line in lines:
+            click.echo(line, err=True)
+    sys.exit(code)
+
+
+def _print_nothing_more() -> None:
+    """Python would try again at its end to write what is buffered."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 override_options = (

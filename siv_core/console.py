@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,12 +26,50 @@ SHOW_CURSOR = b"\x1b[?25h"
 SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL reconstructed", "kl_fake": "KL generated"}
 
 
+class Out(Console):
+    def on_broken_pipe(self) -> None:
+        """Not rich's own end of the process: `cli.main` has one for everything that is printed."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class Lasting:
+    """A text stream that may lose its reader: a pipe or terminal that was closed, a disk that is full. Then it says so once, on
+    standard error, and nothing more is printed; the work goes on."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())  # what is still buffered goes there too
+        os.close(nowhere)
+        with contextlib.suppress(OSError):
+            line = f"standard output is lost ({error.strerror}): going on without it; the run's log.txt tells how it ends\n"
+            os.write(2, line.encode())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Screen:
     """Watches a run for a person; on a terminal as moving bars, elsewhere as lines. Takes the first signal as a wish to stop."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-        self.console = Console(stderr=stderr, highlight=False, quiet=quiet)
+        self.console = Out(stderr=stderr, highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 200  # a file has no width to keep to
         self.signum = 0
@@ -47,13 +86,16 @@ class Screen:
     # -- signals -----------------------------------------------------------------------------------------------------------------
 
     def listen(self, *, at_once: bool = False) -> None:
-        """The first SIGINT, SIGTERM or SIGHUP asks for an end after a checkpoint, the second ends at once; or already the first.
+        """The first SIGINT, SIGTERM or SIGHUP (the terminal is closed) asks for an end after a checkpoint, the second one ends at
+        once; or already the first. What started us may have SIGHUP ignored (nohup): it stays so.
 
         Ending at once is not left to Python's KeyboardInterrupt, which imports of torch and numpy may swallow.
         """
         self.at_once = at_once
+        if not at_once:
+            self.console.file = cast(IO[str], Lasting(self.console.file))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` asks to outlast the terminal
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,26 @@ from siv_core.errors import UserError
 
 TEMPORARY = ".siv-tmp-"  # prefix of everything half-written; the next start removes what a killed process left
 WAIT_SECONDS = 0.2  # between two looks at a lock that another process has
+REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there, or ask for a larger quota",
+    errno.EFBIG: "lift the limit on the size of files (ulimit -f), or the file system's own",
+    errno.EROFS: "make it writable, or name another folder",
+    errno.EACCES: "give yourself the right to write there, or name another folder",
+    errno.EPERM: "give yourself the right to write there, or name another folder",
+    errno.ENOENT: "the folder is gone: bring it back",
+    errno.EIO: "the device fails: look at it before anything else is written there",
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in words what keeps `path` from being written: a full disk, a folder that is read-only or gone."""
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "look at the folder and its file system")
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -25,14 +46,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` in one step when the block ends well."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with writing(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written nothing was
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -47,26 +70,66 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value in a JSON file; a `UserError` names the file that is missing or damaged."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: is no file")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
 
 
-def append_json(path: Path, value: Any) -> None:
-    """One line more at the end of a JSONL file, on disk when this returns."""
-    with path.open("ab") as file:
-        file.write((json.dumps(finite_or_text(value), allow_nan=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+def append_json(path: Path, *values: Any) -> None:
+    """A line a value at the end of a JSONL file, all in one write and on disk when this returns; half a line that a killed or
+    failed writer left at the end is taken away first."""
+    lines = b"".join((json.dumps(finite_or_text(value), allow_nan=False) + "\n").encode() for value in values)
+    with writing(path), path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and _last_byte(file) != b"\n":
+            file.seek(0)
+            size = file.truncate(file.read().rfind(b"\n") + 1)
+        try:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """Every whole line; a last line without its end (a killed writer) is left out."""
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; a last line without its end (a killed writer) is left out, another damaged one is a `UserError`."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            value = line
+        if isinstance(value, dict):
+            found.append(value)
+        elif value is not None:
+            raise UserError(f"{path}: line {number} is damaged, it is no JSON object; take it out, the others are good")
+    return found
+
+
+def format_problem(value: Any, path: Path, reads: int) -> list[str]:
+    """What is wrong with the `format` of a file of ours, and what to do; nothing where it is the one this siv reads."""
+    found = value.get("format") if isinstance(value, dict) else None
+    if type(found) is not int:
+        return [f"{path}: damaged, it does not give its format"]
+    if found > reads:
+        return [f"{path}: format {found} is of a newer siv, this one reads {reads}: update it (pip install --upgrade siv)"]
+    if found < reads:
+        return [f"{path}: format {found} is of an older siv, this one reads {reads}: use the one that manifest.json names"]
+    return []
 
 
 def finite_or_text(value: Any) -> Any:
@@ -94,7 +157,9 @@ def alone(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
     """
     lock, waited = path.with_name(path.name + ".lock"), False
     while True:
-        with lock.open("a+") as file:
+        with writing(lock):
+            file = lock.open("a+")
+        with file:
             while not _locked(file):
                 waited = True
                 waiting()
@@ -141,7 +206,13 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 def remove_leftovers(folder: Path) -> None:
     """Take away what a killed process left half-written in `folder`."""
     for entry in folder.glob(TEMPORARY + "*"):
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Take away a file, a folder with all that is in it, or a link, but never what a link leads to."""
+    with writing(path):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def data_root() -> Path:

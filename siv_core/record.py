@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import torch
 
-from siv_core import build, checkpoint, files
+from siv_core import build, checkpoint, files, recipe
 from siv_core.build import Built
 from siv_core.convert import Length
 from siv_core.errors import UserError
@@ -24,6 +24,7 @@ from siv_core.rundir import RunDir
 from siv_core.trainer import Trainer, stage_ends
 
 LIBRARIES = ("siv", "torch", "torchvision", "numpy", "safetensors", "h5py", "pluggy", "attrs", "cattrs")
+DECIDES_BITS = ("threads", "processes", "device", "torch", "numpy", "siv")
 KEPT = ("time", "command", "libraries", "device", "threads", "processes")  # of an earlier manifest
 
 
@@ -55,15 +56,28 @@ def check_same(found: RunDir, built: Built, path: Path) -> None:
             f"{found.path}: trained on other data: fingerprint {before} then, {now} of '{built.recipe.data.name}' now;"
             " bring the earlier data back, or start a new run"
         )
-    problems = changed_lengths(built, found.resolved()["stages"], int(files.read_json(path / "state.json")["step"]))
+    same_recipe(found, path)
+    problems = changed_lengths(built, found, int(files.read_json(path / "state.json")["step"]))
     if problems:
         raise UserError(problems)
 
 
-def changed_lengths(built: Built, before: list[dict[str, Any]], step: int) -> list[str]:
+def same_recipe(found: RunDir, path: Path) -> None:
+    """A `UserError` where a checkpoint was saved by another recipe's run; those of earlier versions do not tell."""
+    saved = files.read_json(path / "state.json").get("resolved")
+    if saved is not None:
+        differing = recipe.differences(found.resolved(), saved)
+        if differing:
+            raise UserError([f"{path}: saved by another recipe; these differ:", *differing, *checkpoint.offer(path)])
+
+
+def changed_lengths(built: Built, found: RunDir, step: int) -> list[str]:
     """What is wrong with the stages' new lengths when `step` steps are done: the past cannot be changed."""
-    images = len(built.dataset.rows("train"))
-    old = stage_ends([(Length.parse(stage["length"]), stage["batch"]) for stage in before], images)
+    images, before = len(built.dataset.rows("train")), found.resolved()["stages"]
+    try:
+        old = stage_ends([(Length.parse(stage["length"]), stage["batch"]) for stage in before], images)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{found.path / 'resolved.json'}: damaged, a stage's length is not what siv writes ({error})") from error
     new = ends_of(built)
     # the last stage is never over: a finished run may be given a longer one
     current = next((i for i, end in enumerate(old[:-1]) if step < end), len(old) - 1)
@@ -85,7 +99,7 @@ def changed_lengths(built: Built, before: list[dict[str, Any]], step: int) -> li
 def complete(found: RunDir, built: Built, path: Path) -> bool:
     """Whether there is nothing left to do: trained to the end, drawn, and measured with these metrics."""
     step = files.read_json(path / "state.json")["step"]
-    measured = found.resolved()["metrics"] == built.recipe.resolved()["metrics"]
+    measured = found.resolved().get("metrics") == built.recipe.resolved()["metrics"]
     return found.state() == "finished" and bool(step == ends_of(built)[-1]) and measured
 
 
@@ -104,7 +118,10 @@ def spec_of(manifest: Mapping[str, Any]) -> Spec | None:
     saved = manifest.get("spec")
     if not saved:
         return None
-    return Spec(**{**saved, "shape": tuple(saved["shape"]), "value_range": tuple(saved["value_range"])})
+    try:
+        return Spec(**{**saved, "shape": tuple(saved["shape"]), "value_range": tuple(saved["value_range"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the run's manifest.json: damaged, 'spec' is not what siv writes ({error})") from error
 
 
 # -- what a start writes -----------------------------------------------------------------------------------------------------
@@ -114,15 +131,24 @@ def write_head(found: RunDir, trainer: Trainer, say: Callable[[str], None], offs
     """What a run writes before its first step, or before it goes on."""
     found.cut(dict(offsets))
     before, read = earlier(found), trainer.built.recipe
-    if before and before.get("threads") != torch.get_num_threads():
-        say(f"{before.get('threads')} threads before, {torch.get_num_threads()} now: the last bits may differ")
+    now = manifest(trainer)
+    for what in changed_machine(before, now):
+        say(f"{what}: the last bits may differ from a run that was not interrupted")
     files.write_bytes(found.path / "recipe.toml", read.source)
     past = [*before.get("history", []), {key: before.get(key) for key in KEPT}] if before else []
-    found.write("manifest", {**manifest(trainer), "history": past})
+    found.write("manifest", {**now, "history": past})
     files.write_json(found.path / "resolved.json", read.resolved())
     found.status("running", step=trainer.counters.step)
     found.log(f"start: {shlex.join(sys.argv)}")
     say(f"run directory {found.path}")
+
+
+def changed_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What bits depend on and is not as it was at the last start."""
+    if not before:
+        return []
+    old, new = ({**m["libraries"], **m} for m in (before, now))
+    return [f"{key} {old.get(key)} before, {new[key]} now" for key in DECIDES_BITS if old.get(key) != new[key]]
 
 
 def manifest(trainer: Trainer) -> dict[str, Any]:

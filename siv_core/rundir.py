@@ -18,6 +18,23 @@ from siv_core.errors import UserError
 
 FORMAT = 1
 JSONL = ("stats", "metrics")
+REMEDIES = {
+    "resolved": "bring it back from a copy, or start the run over from its recipe.toml in another folder",
+    "manifest": "bring it back from a copy, or start the run over from its recipe.toml in another folder",
+    "status": "take it away, nothing depends on it",
+}
+KEYS: dict[str, dict[str, type]] = {
+    "manifest": {
+        "recipe": str,
+        "automatic_profile": bool,
+        "profiles": list,
+        "sets": list,
+        "history": list,
+        "data": dict,
+        "libraries": dict,
+    },
+    "status": {"state": str},
+}  # what is taken from these files
 
 
 @frozen
@@ -32,9 +49,12 @@ class RunDir:
             taken = [int(match[1]) for path in root.iterdir() if (match := re.match(r"(\d{5})-", path.name))]
             path = root / f"{max(taken, default=-1) + 1:05d}-{name}"
             try:
-                path.mkdir()
-            except FileExistsError:  # another process was faster
-                continue
+                with files.writing(path):
+                    path.mkdir()
+            except UserError:
+                if path.exists():  # another process was faster
+                    continue
+                raise
             return cls(path)._furnish()
 
     @classmethod
@@ -54,13 +74,12 @@ class RunDir:
         if not (path / "resolved.json").is_file():
             raise UserError(f"{path}: no run here (it has no resolved.json)")
         run = cls(path)
-        if run.resolved().get("format") != FORMAT:
-            raise UserError(f"{path}: made by another siv (format {run.resolved().get('format')!r}); this one reads {FORMAT}")
+        run.resolved(), run.manifest()
         return run
 
     def _furnish(self) -> RunDir:
-        (self.path / "images").mkdir(exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
+        files.make_folder(self.images)
+        files.make_folder(self.checkpoints)
         return self
 
     @property
@@ -72,10 +91,27 @@ class RunDir:
         return self.path / "images"
 
     def resolved(self) -> dict[str, Any]:
-        return dict(files.read_json(self.path / "resolved.json"))
+        return self._json("resolved")
 
     def manifest(self) -> dict[str, Any]:
-        return dict(files.read_json(self.path / "manifest.json"))
+        return self._json("manifest")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """One of the run's JSON files, if it has all that is taken from it."""
+        path = self.path / f"{name}.json"
+        try:
+            value = files.read_json(path)
+        except UserError as error:
+            raise UserError([f"{line}; {REMEDIES[name]}" for line in error.problems]) from error
+        wrong = files.format_problem(value, path, FORMAT)
+        if wrong:
+            raise UserError(wrong)
+        for key, kind in KEYS.get(name, {}).items():
+            given = value.get(key)
+            texts = key not in ("profiles", "sets") or (isinstance(given, list) and all(isinstance(text, str) for text in given))
+            if not isinstance(given, kind) or not texts:
+                raise UserError(f"{path}: damaged, '{key}' is missing or not what siv writes; {REMEDIES[name]}")
+        return dict(value)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         files.write_json(self.path / f"{name}.json", {"format": FORMAT, **value})
@@ -85,19 +121,18 @@ class RunDir:
         self.write("status", {"state": state, "time": _now(), **more})
 
     def state(self) -> str:
-        path = self.path / "status.json"
-        return str(files.read_json(path)["state"]) if path.exists() else "new"
+        return str(self._json("status")["state"]) if (self.path / "status.json").exists() else "new"
 
     def log(self, line: str) -> None:
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+        path = self.path / "log.txt"
+        with files.writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{_now()} {line}\n")
 
-    def append(self, name: str, value: dict[str, Any]) -> None:
-        """A line of stats.jsonl or metrics.jsonl; the first line of each file gives its format."""
+    def append(self, name: str, *values: dict[str, Any]) -> None:
+        """Lines of stats.jsonl or metrics.jsonl, all or none; the first line of each file gives its format."""
         path = self.path / f"{name}.jsonl"
-        if not path.exists():
-            files.append_json(path, {"format": FORMAT})
-        files.append_json(path, value)
+        head = [] if path.exists() and path.stat().st_size else [{"format": FORMAT}]
+        files.append_json(path, *head, *values)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         return [line for line in files.read_jsonl(self.path / f"{name}.jsonl") if "format" not in line]
@@ -114,6 +149,7 @@ class RunDir:
         """
         for name in JSONL:
             path = self.path / f"{name}.jsonl"
+            files.read_jsonl(path)  # a line that cannot be read is told now, not when the run is over
             if path.exists():
                 whole = path.read_bytes()
                 kept = _without_later_lines(whole, min(offsets.get(name, 0), len(whole)))
@@ -127,11 +163,17 @@ class RunDir:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out; the lock goes with the process, however it ends."""
-        with (self.path / "lock").open("a+") as file:
+        path = self.path / "lock"
+        with files.writing(path):
+            file = path.open("a+")
+        with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self.path}: another process is working on this run") from error
+                with files.writing(path):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except UserError as error:
+                if not isinstance(error.__cause__, BlockingIOError):
+                    raise
+                raise UserError(f"{self.path}: another process is working on this run; wait for its end, or stop it") from error
             yield
 
 

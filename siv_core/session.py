@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import traceback
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ class Silent:
         return 0
 
     def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
-        return nullcontext()
+        return contextlib.nullcontext()
 
 
 @frozen
@@ -157,7 +157,7 @@ def start(read: recipe.Recipe, known: catalogue.Catalogue, request: Request, wat
             watcher.say(f"metric {name}: will be skipped in part: {need}")
     set_precision(read.train)
     found = _run_dir(read, request, processes, watcher)
-    with found.locked() if processes.main else nullcontext():
+    with found.locked() if processes.main else contextlib.nullcontext():
         try:
             return _train_and_measure(built, found, device, processes, request, watcher)
         except Exception as error:
@@ -201,23 +201,26 @@ def _train_and_measure(
         with watcher.training(trainer, request.max_seconds):
             state = trainer.run(request.max_seconds, preview)
         if state == "finished" and processes.main:
-            finish(built, found, device, watcher)
+            finish(built, found, device, watcher, counters.step)
     except Stopped as stop:
         _close(found, processes, "stopped", counters, watcher, f"{stop}; `siv run --resume {found.path}` goes on")
         raise
     except Diverged as error:
         _close(found, processes, "diverged", counters, watcher, f"diverged at step {counters.step}")
         raise trainer.diverged(error) from error
-    except BaseException:
-        _close(found, processes, "failed", counters, watcher, "failed")
+    except BaseException as error:
+        with contextlib.suppress(UserError):  # where the disk is full or gone this cannot be noted either
+            _close(found, processes, "failed", counters, watcher, "failed")
+        if isinstance(error, UserError) and checkpoint.steps(found.checkpoints):
+            raise UserError([*error.problems, f"once that is mended `siv run --resume {found.path}` goes on"]) from error
         raise
     _close(found, processes, state, counters, watcher, f"{state} at step {counters.step}, {counters.images_seen} images seen")
     return Run(found.path, state)
 
 
-def finish(built: Built, found: RunDir, device: torch.device, watcher: Watcher) -> None:
-    """Curves, pictures and the recipe's metrics of the newest checkpoint."""
-    path = checkpoint.path_of(found.checkpoints, "last")
+def finish(built: Built, found: RunDir, device: torch.device, watcher: Watcher, step: int) -> None:
+    """Curves, pictures and the recipe's metrics of the checkpoint of this step, the last one."""
+    path = checkpoint.path_of(found.checkpoints, str(step))
     pictures.curves(found.images / "curves.png", found.read("stats"))
     watcher.wrote(found.images / "curves.png")
     model = model_of(built, path, "auto", device)
@@ -238,8 +241,7 @@ def append_metrics(
         "siv": version("siv"),
     }
     lines = evaluate.measure(built.metrics(), model, built.dataset, about, watcher.progress, found.log)
-    for line in lines:
-        found.append("metrics", line)
+    found.append("metrics", *lines)
     return lines
 
 
@@ -263,7 +265,9 @@ def open_run(run_path: str | Path, step: str, weights: str, device: str) -> tupl
     data = build.dataset(read, known)
     built = build.build(read, known, data, record.spec_of(manifest) if data.missing() else None)
     path = checkpoint.path_of(found.checkpoints, step)
-    return built, model_of(built, path, weights, pick_device(device)), found, path
+    model = model_of(built, path, weights, pick_device(device))
+    record.same_recipe(found, path)
+    return built, model, found, path
 
 
 def model_of(built: Built, path: Path, weights: str, device: torch.device) -> Model:
@@ -293,7 +297,8 @@ def _restore(built: Built, path: Path, weights: str) -> str:
     used = used_weights(path, weights)
     for name, module in built.modules.items():
         averaged = f"{name}@ema" if used == "ema" and f"{name}@ema" in tensors else name
-        checkpoint.restore_module(module, tensors[averaged], f"{path}/{averaged}")
+        with checkpoint.fitting(path):
+            checkpoint.restore_module(module, checkpoint.part(tensors, averaged, path), f"{path}/{averaged}")
     return used
 
 

@@ -9,7 +9,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from siv_core.errors import Diverged
+from siv_core.errors import Diverged, UserError
 from siv_core.parallel import Parallel
 from siv_core.protocols import Terms
 
@@ -106,8 +106,11 @@ class Stats:
         self.parallel.sum_(list(sums.values()))
         return sums, {"names": self.names, "samples": self.samples}
 
-    def restore(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, Tensor], data: dict[str, Any], where: str) -> None:
         """What `state` gave; the main process goes on with all of it, the others from zero."""
+        needed = {phase: (torch.float64, (len(names),)) for phase, names in data["names"].items()}
+        if {phase: (sums.dtype, tuple(sums.shape)) for phase, sums in tensors.items()} != needed:
+            raise UserError(f"{where}: these sums are not those that state.json names")
         self.names, self.samples = data["names"], data["samples"]
         self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in tensors.items()}
         self.recent = {phase: [] for phase in tensors}

@@ -299,22 +299,27 @@ class Trainer:
                 "stage": self.standing(),
                 "stats": stats_state,
                 "offsets": self.rundir.offsets(),
+                "resolved": self.built.recipe.resolved(),
             }
             path = checkpoint.save(self.rundir.checkpoints, counters.step, tensors, state)
-            checkpoint.prune(self.rundir.checkpoints, self.built.recipe.train.keep_every)
+            checkpoint.prune(self.rundir.checkpoints, self.built.recipe.train.keep_every, counters.step)
             self.observer.wrote(path)
         self.parallel.wait()
 
     def resume(self, path: Path) -> None:
         """Go back to a checkpoint, taking back whatever was written after it."""
         tensors, state = checkpoint.load(path)
-        for name, player in self.players.items():
-            checkpoint.restore_module(player.module, tensors[name], f"{path}/{name}")
-            checkpoint.restore_optimiser(player.module, player.optimiser, tensors[f"{name}.optimiser"])
-        for follower in self.followers:
-            checkpoint.restore_module(follower.module, tensors[follower.key], f"{path}/{follower.key}")
-        sums = {phase: tensor.to(self.device) for phase, tensor in tensors["stats"].items()}
-        self.stats.restore(sums, state["stats"])
+        with checkpoint.fitting(path):
+            for name, player in self.players.items():
+                moments = f"{name}.optimiser"
+                checkpoint.restore_module(player.module, checkpoint.part(tensors, name, path), f"{path}/{name}")
+                own = checkpoint.part(tensors, moments, path)
+                checkpoint.restore_optimiser(player.module, player.optimiser, own, f"{path}/{moments}")
+            for follower in self.followers:
+                key = follower.key
+                checkpoint.restore_module(follower.module, checkpoint.part(tensors, key, path), f"{path}/{key}")
+            sums = {phase: tensor.to(self.device) for phase, tensor in checkpoint.part(tensors, "stats", path).items()}
+            self.stats.restore(sums, state["stats"], f"{path}/stats")
         self.counters = Counters(state["step"], state["images_seen"], state["number"], state["tick_images"])
         for line in self.rundir.read("stats"):
             if line["step"] <= self.counters.step:

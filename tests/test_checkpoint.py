@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -14,7 +15,13 @@ from siv_core import checkpoint
 from siv_core.errors import UserError
 from siv_core.players import Player
 
-STATE = {"images_seen": 640, "number": 1}
+STATE = {
+    "images_seen": 640,
+    "number": 1,
+    "tick_images": 600,
+    "stats": {"names": {"encoder": ["loss"]}, "samples": {"encoder": 40}},
+    "offsets": {"stats": 90, "metrics": 0},
+}
 
 
 def tensors() -> checkpoint.Tensors:
@@ -89,8 +96,11 @@ def flip(path):
         (lambda p: (p / "prior.safetensors").unlink(), "prior.safetensors: missing"),
         (lambda p: (p / "state.json").unlink(), "state.json: cannot be read"),
         (lambda p: (p / "state.json").write_text('{"format": 1'), "state.json: damaged, not JSON"),
-        (lambda p: (p / "state.json").write_text('{"format": 2}'), "this siv reads checkpoints of format 1"),
-        (lambda p: (p / "state.json").write_text("[1]"), "this siv reads checkpoints of format 1"),
+        (lambda p: (p / "state.json").write_text('{"format": 2}'), "format 2 is of a newer siv, this one reads 1: update it"),
+        (lambda p: (p / "state.json").write_text('{"format": 0}'), "format 0 is of an older siv, this one reads 1: use the one"),
+        (lambda p: (p / "state.json").write_text("[1]"), "state.json: damaged, it does not give its format"),
+        (lambda p: (p / "state.json").write_text("[" * 100_000), "state.json: damaged, not JSON"),
+        (lambda p: ((p / "state.json").unlink(), os.mkfifo(p / "state.json")), "state.json: is no file"),
         (lambda p: (p / "state.json").write_text('{"format": 1}'), "state.json: damaged"),
         (lambda p: shutil.rmtree(p), "state.json: cannot be read"),
     ],
@@ -108,7 +118,7 @@ def test_a_state_cannot_point_outside(saved, tmp_path):
     state = json.loads((saved / "state.json").read_text())
     state["files"]["../../outside.safetensors"] = {"bytes": 1, "sha256": "0"}
     (saved / "state.json").write_text(json.dumps(state))
-    assert checkpoint.problems(saved) == [f"{saved / '../../outside.safetensors'}: missing"]
+    assert checkpoint.problems(saved) == [f"{saved / 'state.json'}: damaged, it names a file '../../outside.safetensors'"]
 
 
 # -- which one -------------------------------------------------------------------------------------------------------------------
@@ -116,19 +126,20 @@ def test_a_state_cannot_point_outside(saved, tmp_path):
 
 def make(folder, steps):
     for number, step in enumerate(steps, 1):
-        checkpoint.save(folder, step, {"encoder": {"x": torch.zeros(1)}}, {"number": number})
+        checkpoint.save(folder, step, {"encoder": {"x": torch.zeros(1)}}, {**STATE, "number": number})
 
 
 def test_paths(tmp_path):
     with pytest.raises(UserError, match="no checkpoint here yet"):
         checkpoint.path_of(tmp_path, "last")
     make(tmp_path, [5, 10, 100_000_000])
-    (tmp_path / "step_old").mkdir()
+    for stranger in ("step_old", "step_²", "step_7", "step_000000007"):
+        (tmp_path / stranger).mkdir()
     (tmp_path / ".siv-tmp-1-step_00000020").mkdir()
     assert checkpoint.steps(tmp_path) == [5, 10, 100_000_000]
     assert checkpoint.path_of(tmp_path, "last").name == "step_100000000"
     assert checkpoint.path_of(tmp_path, "10") == checkpoint.path_of(tmp_path, "00010") == tmp_path / "step_00000010"
-    for wrong in ("11", "-5", "ten", "../x", ""):
+    for wrong in ("11", "-5", "ten", "../x", "", "²", "9" * 5000):
         with pytest.raises(UserError, match="there are: 5, 10, 100000000 and last"):
             checkpoint.path_of(tmp_path, wrong)
 
@@ -141,10 +152,10 @@ def test_the_two_newest_and_every_nth_stay(tmp_path, keep_every, kept):
     """Whether they are pruned at the end or after each."""
     at_once, each = tmp_path / "a", tmp_path / "b"
     make(at_once, range(10, 80, 10))
-    checkpoint.prune(at_once, keep_every)
+    checkpoint.prune(at_once, keep_every, 70)
     for number, step in enumerate(range(10, 80, 10), 1):
-        checkpoint.save(each, step, {"encoder": {"x": torch.zeros(1)}}, {"number": number})
-        checkpoint.prune(each, keep_every)
+        checkpoint.save(each, step, {"encoder": {"x": torch.zeros(1)}}, {**STATE, "number": number})
+        checkpoint.prune(each, keep_every, step)
     assert checkpoint.steps(at_once) == checkpoint.steps(each) == kept
     assert sorted(path.name for path in at_once.iterdir()) == [f"step_{step:08d}" for step in kept]
 
@@ -191,12 +202,12 @@ def test_weights_and_moments_come_back(tmp_path):
     whole = trained(6)
     first = trained(3)
     path = checkpoint.save(
-        tmp_path, 3, {"m": first.module.state_dict(), "o": checkpoint.optimiser_tensors(first.module, first.optimiser)}, {}
+        tmp_path, 3, {"m": first.module.state_dict(), "o": checkpoint.optimiser_tensors(first.module, first.optimiser)}, STATE
     )
     loaded, _ = checkpoint.load(path)
     second = trained(1)  # something else in its place
     checkpoint.restore_module(second.module, loaded["m"], "here")
-    checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"])
+    checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"], "here")
     go_on(second, 3, 3)
     for key, value in whole.module.state_dict().items():
         assert torch.equal(value, second.module.state_dict()[key]), key
@@ -214,10 +225,10 @@ def test_weights_and_moments_come_back_in_the_layout_of_the_network(tmp_path):
     first, second = player(), player()
     first.step([torch.randn_like(parameter) for parameter in first.parameters])
     moments = checkpoint.optimiser_tensors(first.module, first.optimiser)
-    path = checkpoint.save(tmp_path, 1, {"m": first.module.state_dict(), "o": moments}, {})
+    path = checkpoint.save(tmp_path, 1, {"m": first.module.state_dict(), "o": moments}, STATE)
     loaded, _ = checkpoint.load(path)
     checkpoint.restore_module(second.module, loaded["m"], "here")
-    checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"])
+    checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"], "here")
     expected = {**first.module.state_dict(), **moments}
     found = {**second.module.state_dict(), **checkpoint.optimiser_tensors(second.module, second.optimiser)}
     for key, value in expected.items():
@@ -229,4 +240,4 @@ def test_weights_and_moments_come_back_in_the_layout_of_the_network(tmp_path):
 def test_a_player_without_parameters_has_no_moments():
     fixed = Player.of("prior", nn.Identity())
     assert checkpoint.optimiser_tensors(fixed.module, fixed.optimiser) == {}
-    checkpoint.restore_optimiser(fixed.module, fixed.optimiser, {})
+    checkpoint.restore_optimiser(fixed.module, fixed.optimiser, {}, "here")

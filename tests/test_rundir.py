@@ -45,7 +45,10 @@ def test_only_runs_of_this_format_are_read(tmp_path):
     with pytest.raises(UserError, match=r"no run here \(it has no resolved.json\)"):
         RunDir.existing(tmp_path)
     (tmp_path / "resolved.json").write_text('{"format": 2}')
-    with pytest.raises(UserError, match=r"made by another siv \(format 2\); this one reads 1"):
+    with pytest.raises(UserError, match=r"resolved.json: format 2 is of a newer siv, this one reads 1: update it"):
+        RunDir.existing(tmp_path)
+    (tmp_path / "resolved.json").write_text('{"format": 0}')
+    with pytest.raises(UserError, match=r"format 0 is of an older siv, this one reads 1: use the one that manifest.json names"):
         RunDir.existing(tmp_path)
     (tmp_path / "resolved.json").write_text('{"form')
     with pytest.raises(UserError, match=r"resolved.json: damaged, not JSON"):
