@@ -8,7 +8,6 @@ on where it stopped, and nothing half-written bears the file's own name. `FILE.l
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import math
 import os
@@ -69,13 +68,10 @@ def write(
     with files.alone(path, lambda: progress(wait, 0, 1)) as waited:
         if waited:
             progress(wait, 1, 1)
-        for left in path.parent.glob(f"{files.TEMPORARY}*-{glob.escape(path.name)}*"):  # of a process that was killed
-            left.unlink()
+        files.remove_leftovers(path.parent, f"-{path.name}")
         if not path.exists():
             images = _grow(path, shape, block, produce, progress, source)
             _write_whole(path, Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split))
-            for left in _partial(path):
-                left.unlink()
 
 
 def _partial(path: Path) -> tuple[Path, Path]:
@@ -100,12 +96,12 @@ def _grow(
     _need_room(path, 2 * shape[0] * row - len(done) * block * row)
     what = f"preparing {path.name}"
     progress(what, len(done), count)
-    with partial.open("r+b" if done else "w+b") as file:  # a mapped file would end the process where the disk is full
-        file.truncate(shape[0] * row)
+    with _opened(partial, "r+b" if done else "w+b", shape[0] * row) as file:
         try:
             for number, rows in produce([number for number in range(count) if number not in done]):
-                file.seek(number * block * row)
-                file.write(np.ascontiguousarray(rows, dtype=np.uint8).data)
+                with files.writing(partial):
+                    file.seek(number * block * row)
+                    file.write(np.ascontiguousarray(rows, dtype=np.uint8).data)
                 done.add(number)
                 if len(done) % 8 == 0:
                     _note(file, journal, key, done)
@@ -115,6 +111,14 @@ def _grow(
     if len(done) < count:
         raise RuntimeError(f"{path}: {count - len(done)} of {count} blocks were not produced")
     return np.memmap(partial, np.uint8, "r", shape=shape)
+
+
+def _opened(path: Path, mode: str, size: int) -> BinaryIO:
+    """A file of this size, to be written: a memory map would end the process, untold, where the disk runs full."""
+    with files.writing(path):
+        file: BinaryIO = path.open(mode)
+        file.truncate(size)
+    return file
 
 
 def _need_room(path: Path, size: int) -> None:
@@ -139,8 +143,9 @@ def _journal(path: Path, key: dict[str, Any], count: int) -> set[int]:
 
 def _note(file: BinaryIO, journal: Path, key: dict[str, Any], done: set[int]) -> None:
     """The images first, then that they are there."""
-    file.flush()
-    os.fsync(file.fileno())
+    with files.writing(journal):
+        file.flush()
+        os.fsync(file.fileno())
     files.write_json(journal, {**key, "done": sorted(done)})
 
 
@@ -163,6 +168,8 @@ def _write_whole(path: Path, table: Table) -> None:
                 factors.attrs["sizes"] = list(table.factor_sizes.values())
         with temporary.open("rb+") as raw:
             os.fsync(raw.fileno())
+        for made_of in _partial(path):  # now, since nobody looks for them once the file is there
+            made_of.unlink()
         os.replace(temporary, path)
         files.sync_folder(path.parent)
     finally:

@@ -203,10 +203,11 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, names: str = "") -> None:
     """Take away what a killed process left half-written in `folder`."""
     for entry in folder.glob(TEMPORARY + "*"):
-        remove(entry)
+        if names in entry.name:
+            remove(entry)
 
 
 def remove(path: Path) -> None:
