@@ -70,7 +70,7 @@ def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     tensors = {}
     for name in state["files"]:
         try:
-            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
+            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load((path / name).read_bytes())
         except Exception as error:  # the reader lets through whatever it runs into
             raise UserError([f"{path / name}: damaged, not safetensors ({error})", *offer(path)]) from error
     return tensors, state

@@ -29,6 +29,9 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # w
 
 def main() -> None:
     """`siv`: told failures become lines and an exit code, bugs keep their traceback."""
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_DFL
+    )  # `siv … | head` ends us as other programs; see Screen.listen for those that stay
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without our letters, names that are no text
             stream.reconfigure(errors="backslashreplace")
@@ -48,9 +51,6 @@ def main() -> None:
         _end(error.exit_code, [f"error: {line}" for line in error.problems])
     except SivError as error:
         _end(error.exit_code, [f"error: {error}" if error.exit_code < 128 else str(error)])
-    except BrokenPipeError:  # `siv … | head`: as a program that the signal ends
-        _print_nothing_more()
-        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in MACHINE:
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import time
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 SHOW_CURSOR = b"\x1b[?25h"
 SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL reconstructed", "kl_fake": "KL generated"}
-
-
-class Out(Console):
-    def on_broken_pipe(self) -> None:
-        """Not rich's own end of the process: `cli.main` has one for everything that is printed."""
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Lasting:
@@ -69,7 +62,7 @@ class Screen:
 
     def __init__(self, *, stderr: bool = False) -> None:
         quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-        self.console = Out(stderr=stderr, highlight=False, quiet=quiet)
+        self.console = Console(stderr=stderr, highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 200  # a file has no width to keep to
         self.signum = 0
@@ -93,6 +86,7 @@ class Screen:
         """
         self.at_once = at_once
         if not at_once:
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             self.console.file = cast(IO[str], Lasting(self.console.file))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

@@ -123,11 +123,11 @@ class Trainer:
             over = bool(signum or self.parallel.largest(int(late))) and counters.step < total
             if self.due(recipe.train.tick, active) or counters.step in ends:  # a mean over two stages would mix their terms
                 self.tick(started)
-            if self.due(recipe.train.checkpoint, active) or counters.step == total or over:
-                self.save()
             early = counters.step in (max(1, total // 100), max(1, total // 20))
             if self.due(recipe.train.preview, active) or early:
                 preview(f"preview_{counters.step:08d}")
+            if self.due(recipe.train.checkpoint, active) or counters.step == total or over:
+                self.save()  # last: what was due at this step is not done again by a run that goes on from here
             if over and signum:
                 raise Stopped(signum)
             if over:

@@ -12,6 +12,8 @@ from siv_core.errors import UserError
 
 def read(path: Path, begins: str, remedy: str) -> tuple[bytes, str]:
     """A file's bytes and their sha256, which must begin with `begins` (publishers often give only the first digits)."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: is no file; {remedy}")
     try:
         data = path.read_bytes()
     except OSError as error:

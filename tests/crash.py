@@ -19,11 +19,11 @@ def preload() -> None:
 
 
 def in_child(
-    function: Any, *arguments: Any, kill_at: int = 0, kill_after: float | None = None, seconds: float = 120
+    function: Any, *arguments: Any, kill_at: int = 0, kill_after: float | None = None, seconds: float = 120, **more: Any
 ) -> tuple[int, int]:
     """(exit code, number of flushes and renames): −9 after a kill."""
     counted = CONTEXT.Value("i", 0)
-    child = CONTEXT.Process(target=_work, args=(counted, kill_at, function, arguments))
+    child = CONTEXT.Process(target=_work, args=(counted, kill_at, function, arguments, more))
     child.start()
     if kill_after is not None:
         child.join(kill_after)
@@ -35,7 +35,7 @@ def in_child(
     return child.exitcode, counted.value
 
 
-def _work(counted: Any, kill_at: int, function: Any, arguments: Any) -> None:
+def _work(counted: Any, kill_at: int, function: Any, arguments: Any, more: Any) -> None:
     """Both before and after each call that makes something durable is a moment to die at."""
     import torch
 
@@ -56,7 +56,7 @@ def _work(counted: Any, kill_at: int, function: Any, arguments: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-    function(*arguments)
+    function(*arguments, **more)
 
 
 def nothing() -> None:
@@ -103,6 +103,80 @@ def convert(data: str, source: str) -> None:
 
     os.environ["SIV_DATA"], plugin.BLOCK = data, 16
     plugin.HDF5Images(plugin.HDF5Config(path=source)).prepare(lambda what, done, total: None)
+
+
+NOT_PERMITTED = 77  # exit code where this machine lets nobody mount anything
+
+
+def siv(
+    folder: str, *commands: list[str], limit: int = 0, stdout: str = "", tmpfs: str = "", env: dict[str, str] | None = None
+) -> None:
+    """`siv` in `folder`, a command after the other; `out`, `err` and `codes` beside the folder say what came of them.
+
+    `limit`: bytes a file may have. `tmpfs`: the size of the disk under the folder, which ["space", SIZE] changes and
+    ["read-only"] makes read-only; a copy of it is left at `FOLDER.copy`.
+    """
+    import resource
+    import shutil
+    import sys
+
+    from siv_core import cli
+
+    at = Path(folder)
+    os.environ.update(env or {})
+    if tmpfs:
+        _private_mounts()
+        _mount(folder, f"size={tmpfs}")
+        shutil.copytree(f"{folder}.first", folder, dirs_exist_ok=True)
+    os.chdir(folder)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    codes = []
+    for number, name in ((1, stdout or f"{folder}.out"), (2, f"{folder}.err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if stdout == os.devnull:  # a pipe that nobody reads from
+        there, here = os.pipe()
+        os.close(there)
+        os.dup2(here, 1)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding=encoding, closefd=False) for number in (1, 2))
+    for command in commands:
+        if command[0] == "space":
+            _mount(folder, f"remount,size={command[1]}")
+        elif command[0] == "read-only":
+            _mount(folder, "remount,ro")
+        else:
+            sys.argv = ["siv", *command]
+            try:
+                cli.main()
+                codes.append(0)
+            except SystemExit as end:
+                codes.append(end.code or 0)
+            sys.stdout.flush()
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    Path(f"{folder}.codes").write_text(" ".join(map(str, codes)))
+    if tmpfs:
+        shutil.copytree(at, f"{folder}.copy", dirs_exist_ok=True)
+
+
+def _private_mounts() -> None:
+    """What is mounted from here on is seen by this process alone and goes with it."""
+    import ctypes
+
+    new_mounts, new_user, recursive_private = 0x20000, 0x10000000, 0x44000
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_mounts) and libc.unshare(new_mounts | new_user):
+        os._exit(NOT_PERMITTED)
+    if libc.mount(b"none", b"/", None, recursive_private, None):
+        os._exit(NOT_PERMITTED)
+
+
+def _mount(folder: str, options: str) -> None:
+    import subprocess
+
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=False).returncode:
+        os._exit(NOT_PERMITTED)
 
 
 def prepare(recipe: str) -> None:
