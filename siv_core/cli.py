@@ -16,6 +16,7 @@ import click
 
 from siv_core.cli_common import PATH, device_option, json_option, options, print_json, screen, seconds, set_option
 from siv_core.cli_data import data
+from siv_core.cli_plugins import describe, list_plugins
 from siv_core.cli_recipes import recipes
 from siv_core.cli_sweep import sweep
 from siv_core.errors import SivError, UserError, one_line
@@ -29,9 +30,8 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # w
 
 def main() -> None:
     """`siv`: told failures become lines and an exit code, bugs keep their traceback."""
-    signal.signal(
-        signal.SIGPIPE, signal.SIG_DFL
-    )  # `siv … | head` ends us as other programs; see Screen.listen for those that stay
+    # `siv … | head` ends us as other programs; see Screen.listen for those that stay
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without our letters, names that are no text
             stream.reconfigure(errors="backslashreplace")
@@ -124,6 +124,8 @@ def cli(traceback: bool) -> None:
 
 
 cli.add_command(data)
+cli.add_command(list_plugins)
+cli.add_command(describe)
 cli.add_command(recipes)
 cli.add_command(sweep)
 
@@ -234,86 +236,6 @@ def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
     watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
     if measured["device_peak_bytes"] is not None:
         watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
-
-
-@cli.command("list-plugins")
-@click.option("--kind", help="Only components of this kind.")
-@click.option("--traceback", "failed", metavar="NAME", help="Show why the plugin NAME cannot be used, with its traceback.")
-@json_option
-def list_plugins(kind: str | None, failed: str | None, as_json: bool) -> None:
-    """List the plugins, their components, and those that cannot be used."""
-    from siv_core import catalogue
-    from siv_core.component import KINDS
-    from siv_core.console import Screen
-    from siv_core.errors import near_miss
-
-    if kind and kind not in KINDS:
-        raise UserError(f"--kind {kind}: no such kind{near_miss(kind, KINDS)}")
-    known = catalogue.load()
-    if failed:
-        failure = known.failure(failed)
-        if as_json:
-            print_json({"plugin": failed, "reason": failure.reason, "traceback": failure.details})
-        else:
-            click.echo(failure.details.rstrip() or f"no traceback: {failure.reason}")
-        return
-    found = [
-        {
-            "kind": k,
-            "name": name,
-            "summary": component.summary,
-            "plugin": owner.plugin,
-            "from": f"{owner.distribution} {owner.version}",
-        }
-        for (k, name), (component, owner) in sorted(known.components.items())
-        if kind in (None, k)
-    ]
-    broken = [
-        {"plugin": f.owner.plugin, "from": f"{f.owner.distribution} {f.owner.version}", "reason": f.reason}
-        for f in known.failures
-    ]
-    if as_json:
-        print_json({"components": found, "broken": broken, "slow": list(known.slow)})
-        return
-    columns = ("kind", "name", "plugin", "from", "summary")
-    out = Screen()
-    out.table("Components", columns, [tuple(str(entry[column]) for column in columns) for entry in found])
-    if broken:
-        out.table("Not usable", ("plugin", "from", "reason"), [tuple(entry.values()) for entry in broken])
-    for line in known.slow:
-        out.say(line)
-
-
-@cli.command()
-@click.argument("kind")
-@click.argument("name")
-@json_option
-def describe(kind: str, name: str, as_json: bool) -> None:
-    """Show the options of component NAME of KIND: type, default, bounds, meaning, origin."""
-    from siv_core import catalogue, convert
-    from siv_core.component import KINDS
-    from siv_core.console import Screen
-    from siv_core.errors import near_miss
-
-    if kind not in KINDS:
-        raise UserError(f"'{kind}' is no kind{near_miss(kind, KINDS)}")
-    known = catalogue.load()
-    component = known.get(kind, name)
-    report: dict[str, Any] = {
-        "kind": kind,
-        "name": name,
-        "summary": component.summary,
-        "paper": component.paper,
-        "from": str(known.owner(kind, name)),
-        "options": convert.describe(component.config),
-    }
-    if as_json:
-        print_json(report)
-        return
-    out = Screen()
-    out.say(f"{kind} {name}: {component.summary}{f' ({component.paper})' if component.paper else ''}\n{report['from']}")
-    columns = ("option", "type", "default", "bounds", "meaning")
-    out.table("Options", columns, [tuple(str(row[column]) for column in columns) for row in report["options"]])
 
 
 @cli.command()

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from attrs import frozen
@@ -116,7 +116,7 @@ def _grow(
 def _opened(path: Path, mode: str, size: int) -> BinaryIO:
     """A file of this size, to be written: a memory map would end the process, untold, where the disk runs full."""
     with files.writing(path):
-        file: BinaryIO = path.open(mode)
+        file = cast(BinaryIO, path.open(mode))
         file.truncate(size)
     return file
 
