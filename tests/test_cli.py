@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,10 @@ import torch
 from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
+from toys import SMALL
 
 import siv_core
-from siv_core import apply, checkpoint, datafile, own_pictures
+from siv_core import apply, checkpoint, datafile, inspect, own_pictures, recipe
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 
@@ -387,3 +390,72 @@ def test_averaged_weights_are_used_where_the_run_kept_them(siv, tmp_path):
         more = () if weights == "auto" else ("--weights", weights)
         models[weights] = json.loads(succeeded(siv("sample", "run", "-n", "1", "--json", *more)))["model"]
     assert models == {name: f"step_00000012, {used} weights" for name, used in (("auto", "ema"), ("raw", "raw"), ("ema", "ema"))}
+
+
+# -- what a run would cost -------------------------------------------------------------------------------------------------------
+
+STAGED = f"""{SMALL}
+[objective]
+name = "vae"
+[train]
+batch = 64
+[[stages]]
+length = "3 epochs"
+[[stages]]
+length = "5 steps"
+objective = {{ name = "soft_intro_vae" }}
+"""
+
+
+def measured(known, text, device="cpu"):
+    read = recipe.parse(tomllib.loads(text), Path("r.toml"), b"", known, (), (), False)
+    return inspect.measure(read, known, torch.device(device), lambda what, done, total: None)
+
+
+def test_check_measures_each_stage(catalogue, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspect, "MEASURED_SECONDS", 0.1)
+    found = measured(catalogue, STAGED)
+    assert (found["device"], found["data"], found["threads"]) == ("cpu", "digits", 1)
+    assert [(stage["objective"], stage["steps"]) for stage in found["stages"]] == [("vae", 66), ("soft_intro_vae", 5)]
+    vae, soft = (stage["seconds_per_step"] for stage in found["stages"])
+    assert min(vae, soft) > 0
+    assert found["seconds"] == pytest.approx(66 * vae + 5 * soft)
+    assert found["peak_bytes"] > 2**27
+    assert list(tmp_path.iterdir()) == []  # no run, no statistics, no picture
+
+
+def test_what_is_not_at_hand_is_measured_on_random_numbers(catalogue, monkeypatch):
+    monkeypatch.setattr(inspect, "MEASURED_SECONDS", 0.1)
+    small = STAGED.replace('name = "digits"', 'name = "cars3d"\nsize = 16')
+    found = measured(catalogue, small)
+    assert found["data"] == "random numbers of the shape [3, 16, 16]"
+    assert [stage["steps"] for stage in found["stages"]] == [None, 5]  # how many images an epoch has is not known
+    assert found["seconds"] is None
+    found = measured(catalogue, small + '[reconstruction]\nname = "vgg_perceptual"\n')
+    assert list(found) == ["not_measured"]
+    assert "siv" in found["not_measured"]
+
+
+def test_the_device_goes_with_measuring(siv, tiny):
+    refused(siv("check", tiny, "--device", "cpu"), "--device goes with --measure")
+
+
+@pytest.mark.slow
+def test_what_is_measured_is_what_a_run_takes(siv, tmp_path):
+    """Interleaved with real runs, since other work on the machine changes the speed of both: medians within a quarter."""
+    shipped = Path(__file__).parent.parent / "recipes" / "digits.toml"
+    ratios, memory = [], []
+    for i in range(5):
+        told = json.loads(succeeded(siv("check", shipped, "--measure", "--device", "cpu", "--json", seconds=200)))["measured"]
+        peak = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
+        peak += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        command = [sys.executable, "-c", peak, sys.executable, str(Path(sys.executable).parent / "siv"), "run", str(shipped)]
+        more = ["--run-dir", f"run{i}", "--max-time", "10s", "--device", "cpu", "--json"]
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        memory.append(told["peak_bytes"] / (1024 * int(done.stdout.split()[-1])))
+        lines = RunDir(tmp_path / f"run{i}").read("stats")
+        seconds = (lines[-1]["wall"]["seconds"] - lines[0]["wall"]["seconds"]) / (lines[-1]["step"] - lines[0]["step"])
+        ratios.append(told["stages"][0]["seconds_per_step"] / seconds)
+    assert 0.75 < statistics.median(ratios) < 1.25, ratios
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in memory), memory
