@@ -11,6 +11,7 @@ from siv_core.cli_common import PATH, json_option, print_json, screen
 from siv_core.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from siv_core.console import Screen
     from siv_core.protocols import Progress
 
 
@@ -88,16 +89,26 @@ def data_check(path: Path, as_json: bool) -> None:
     if as_json:
         print_json(report)
     else:
-        sets = report.pop("datasets", [])
-        rows = [(key, "; ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in report.items()]
-        watcher.table(
-            one_line(path), ("", ""), [(key, one_line(value)) for key, value in rows if key not in ("path", "problems")]
-        )
-        if sets:
-            columns = ("name", "shape", "dtype", "storage", "lowest", "highest", "not_finite")
-            watcher.table("Data sets", columns, [tuple(one_line(entry.get(key, "")) for key in columns) for entry in sets])
+        show_report(watcher, path, report)
     if report["problems"]:
         raise UserError(report["problems"])
+
+
+def show_report(watcher: Screen, path: Path, report: dict[str, Any]) -> None:
+    """What there is, as tables; what is wrong follows as errors."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {shown(number)}" for key, number in value.items()) or "none"
+        texts = value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
+        return "; ".join(one_line(f"{text:.6g}" if isinstance(text, float) else text) for text in texts)
+
+    apart = ("path", "problems", "datasets")
+    rows: list[tuple[str, ...]] = [(key, shown(value)) for key, value in report.items() if key not in apart and value is not None]
+    watcher.table(one_line(path), ("", ""), rows)
+    columns = ("name", "shape", "dtype", "storage", "lowest", "highest", "not_finite")
+    if report.get("datasets"):
+        watcher.table("Data sets", columns, [tuple(shown(e.get(key, "")) for key in columns) for e in report["datasets"]])
 
 
 def checked(path: Path, progress: Progress) -> dict[str, Any]:

@@ -191,13 +191,18 @@ class Looked:
 
 def look(path: Path, images: str = "images", labels: str = "labels") -> Looked:
     """What `path` holds, found out by a child process, once for each state of the file."""
+    return _look(path, images, labels, _state(path))
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does; a `UserError` where there is none that can be read."""
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{one_line(path)}: is no regular file")
     except OSError as error:
         raise UserError(f"{one_line(path)}: cannot be read ({error.strerror})") from error
-    return _look(path, images, labels, (about.st_size, about.st_mtime_ns, about.st_ino))
+    if not stat.S_ISREG(about.st_mode):  # a pipe or a device might never end
+        raise UserError(f"{one_line(path)}: is no regular file")
+    return about.st_size, about.st_mtime_ns, about.st_ino
 
 
 @lru_cache(maxsize=8)
@@ -267,8 +272,7 @@ def check(path: Path, progress: Progress = lambda what, done, total: None) -> di
 def _surveyed(path: Path, report: dict[str, Any], progress: Progress) -> bool:
     """Fill in `datasets` and what leads outside or cannot be read; whether the file is of format 1."""
     native = False
-    if not path.is_file():
-        raise UserError(f"{one_line(path)}: there is no such file")
+    _state(path)
     for answer, _ in hdf5.ask(path, "survey"):
         if "what" in answer:
             progress(answer["what"], answer["done"], answer["total"])

@@ -1,9 +1,9 @@
 """HDF5 files are opened by a child process alone: the library is native code, which a damaged file can crash or keep busy.
 
-`ask` starts the child, which is this very module without torch, and gives its answers one by one. The child has `SECONDS` for
-each answer and `MEMORY` bytes, may write no file and loads no filter from outside; its death becomes one sentence. What it reads
-lies in the file itself: no link is followed, no external storage or virtual set read. An answer is a line of JSON and, where it
-says so, the bytes of an array; the last one is {"end": true} or {"problems": [...]}.
+`ask` starts the child, which is this very module without torch, and gives its answers one by one. The child has `SECONDS` of
+computing for each answer and `MEMORY` bytes, may write no file and loads no filter from outside; its death becomes one sentence.
+What it reads lies in the file itself: no link is followed, no external storage or virtual set read. An answer is a line of JSON
+and, where it says so, the bytes of an array; the last one is {"end": true} or {"problems": [...]}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BUILT_IN_FILTERS = {"gzip", "lzf", "shuffle", "fletcher32", "scaleoffset"}
 COLUMNS = {"labels": 1, "factors": 2, "split": 1}  # name -> number of axes
 MOST_VALUES = 1_000_000  # of a label or a factor: a network with more classes cannot be built, and a damaged number is as large
 
-SECONDS = 15
+SECONDS = 10  # of computing for one answer, where an image takes milliseconds; a busy machine does not count
+PATIENCE = 120  # seconds for one answer, whatever the reason
 MEMORY = 4 << 30  # bytes of address space
 SLAB = 16 << 20  # bytes read at a time
 MOST_ENTRIES = 1000  # of a file that a survey lists
@@ -44,7 +45,7 @@ Answer = tuple[dict[str, Any], NDArray[Any] | None]
 
 def ask(path: Path, question: str, **details: Any) -> Iterator[Answer]:
     """The child's answers to `look`, `blocks` or `survey`; a `UserError` for whatever it or its death tells."""
-    limits = {"seconds": SECONDS, "memory": MEMORY}
+    limits = {"seconds": SECONDS, "patience": PATIENCE, "memory": MEMORY}
     request = json.dumps({"path": str(path), "question": question, "details": details, **limits}).encode()
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -84,8 +85,10 @@ def _next(child: subprocess.Popen[bytes], path: Path) -> Answer:
 
 def _death(path: Path, code: int) -> str:
     where = one_line(path)
-    if code == -signal.SIGALRM:
+    if code == -signal.SIGPROF:
         return f"{where}: HDF5 reads in it for more than {SECONDS} s without an end, as in a damaged file; {REMEDY}"
+    if code == -signal.SIGALRM:
+        return f"{where}: HDF5 had no answer in {PATIENCE} s: is its disk at work? Else {REMEDY}"
     reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{where}: HDF5 broke down while it read it ({reason}), as on a damaged file or without memory; {REMEDY}"
 
@@ -97,23 +100,29 @@ def main() -> None:
     """Read a question, answer it, end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides
     request = json.loads(sys.stdin.buffer.read())
-    path, seconds = Path(request["path"]), request["seconds"]
+    path = Path(request["path"])
     for limit, value in ((resource.RLIMIT_AS, request["memory"]), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):  # macOS knows the first one by name only
             resource.setrlimit(limit, (value, value))
     questions: dict[str, Callable[..., Iterator[Answer]]] = {"look": look, "blocks": blocks, "survey": survey}
-    signal.alarm(seconds)
+    _hurry(request["seconds"], request["patience"])
     try:
         for answer, array in questions[request["question"]](path, **request["details"]):
-            signal.alarm(0)  # how long the other side takes to listen is its own affair
+            _hurry(0, 0)  # how long the other side takes to listen is its own affair
             _send(answer, array)
-            signal.alarm(seconds)
+            _hurry(request["seconds"], request["patience"])
         _send({"end": True})
     except UserError as error:
         _send({"problems": error.problems})
     except Exception as error:  # whatever a damaged file makes the library run into
         _send({"problems": [unreadable(path, error)]})
     os._exit(0)  # closing a damaged file is not tried
+
+
+def _hurry(computing: float, waiting: float) -> None:
+    """End this process after so many seconds, even out of native code: neither signal has a handler."""
+    signal.setitimer(signal.ITIMER_PROF, computing)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
 
 
 def _send(answer: dict[str, Any], array: NDArray[Any] | None = None) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
+import crash
 import h5py
 import numpy as np
 import pytest
 import torch
+from siv_plugins import hdf5 as plugin
 
 from siv_core import datafile, feed
 from siv_core import hdf5 as reader
 from siv_core.errors import UserError
 
 RNG = np.random.default_rng(0)
+crash.preload()
 IMAGES = RNG.integers(0, 256, (300, 3, 4, 6), dtype=np.uint8)  # more than one block of a conversion
 
 
@@ -251,6 +256,31 @@ def test_the_home_folder_is_meant_by_a_tilde(catalogue, tmp_path, monkeypatch):
     assert component.build(component.config(path="~/x.h5")).source == Path(tmp_path / "x.h5")
 
 
+def convert(path: str, root: str) -> None:
+    os.environ["SIV_DATA"] = root
+    plugin.build(plugin.HDF5Config(path=path)).prepare(quiet)
+
+
+def test_a_conversion_killed_at_any_moment_goes_on(tmp_path):
+    """SIV_KILLS sets at how many of the moments before and after each flush and rename."""
+    source, images = tmp_path / "own.h5", np.tile(IMAGES, (8, 1, 1, 1))  # ten blocks, so that the journal is written on the way
+    with h5py.File(source, "w") as file:
+        file.create_dataset("images", data=images, compression="gzip", chunks=(256, 3, 4, 6))
+    code, moments = crash.in_child(convert, str(source), str(tmp_path / "whole"))
+    assert code == 0
+    [whole] = (tmp_path / "whole" / "hdf5").iterdir()
+    kills = min(moments, int(os.environ.get("SIV_KILLS", "3")))
+    for kill_at in random.Random(0).sample(range(1, moments + 1), kills):
+        root = tmp_path / f"root{kill_at}"
+        assert crash.in_child(convert, str(source), str(root), kill_at=kill_at)[0] == -signal.SIGKILL
+        if (root / "hdf5" / whole.name).exists():
+            assert datafile.check(root / "hdf5" / whole.name)["problems"] == []
+        assert crash.in_child(convert, str(source), str(root))[0] == 0
+        left = {path.name for path in (root / "hdf5").iterdir()} - {whole.name}
+        assert left <= {f"{whole.name}.partial", f"{whole.name}.partial.json", f"{whole.name}.lock"}, f"killed at {kill_at}"
+        assert (root / "hdf5" / whole.name).read_bytes() == whole.read_bytes()
+
+
 # -- files that are out to do harm -----------------------------------------------------------------------------------------------
 
 
@@ -347,17 +377,24 @@ def test_a_loop_of_groups_is_told_of(tmp_path):
 def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
     path = tmp_path / "own.h5"
     os.mkfifo(path)
-    monkeypatch.setattr(reader, "SECONDS", 1)
-    with pytest.raises(
-        UserError, match="HDF5 reads in it for more than 1 s without an end, as in a damaged file; get the file again"
-    ):
+    monkeypatch.setattr(reader, "PATIENCE", 2)
+    with pytest.raises(UserError, match="HDF5 had no answer in 2 s: is its disk at work"):
         list(reader.ask(path, "look", images="images", labels="labels"))
     crashing = tmp_path / "python"
-    crashing.write_text("#!/bin/sh\nkill -SEGV $$\n")
-    crashing.chmod(0o755)
     monkeypatch.setattr(reader.sys, "executable", str(crashing))
-    with pytest.raises(UserError, match=r"HDF5 broke down while it read it \(signal SIGSEGV\)"):
-        list(reader.ask(path, "look", images="images", labels="labels"))
+    for signal_name, words in (
+        ("SEGV", r"HDF5 broke down while it read it \(signal SIGSEGV\)"),
+        ("PROF", "reads in it for more than 10 s"),
+    ):
+        crashing.write_text(f"#!/bin/sh\nkill -{signal_name} $$\n")
+        crashing.chmod(0o755)
+        with pytest.raises(UserError, match=words):
+            list(reader.ask(path, "look", images="images", labels="labels"))
+
+
+def test_a_child_that_computes_without_an_end_is_ended():
+    code = "from siv_core import hdf5\nhdf5._hurry(0.2, 60)\nwhile True: pass"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGPROF
 
 
 def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path):
@@ -427,3 +464,9 @@ def test_check_tells_of_labels_that_are_too_few(tmp_path):
         file["images"], file["labels"] = IMAGES, np.arange(299)
     [problem] = datafile.check(tmp_path / "own.h5")["problems"]
     assert "'labels' must be 300 whole numbers" in problem
+
+
+def test_check_tells_of_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.h5")
+    assert datafile.check(tmp_path / "pipe.h5")["problems"] == [f"{tmp_path / 'pipe.h5'}: is no regular file"]
+    assert datafile.check(tmp_path / "no.h5")["problems"] == [f"{tmp_path / 'no.h5'}: cannot be read (No such file or directory)"]
