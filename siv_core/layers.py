@@ -162,7 +162,7 @@ class Places:
             known = key in merged or key.startswith("profiles")
             holding = [i for i, keys in enumerate(own) if key in keys and known and not reason.startswith("missing")]
             top = max(holding, default=0)  # the last layer that has the key; of a key that is missing, the file
-            place = _place(self.layers[top], own[top].get(key), lines)
+            place = _place(self.layers[top], own[top][key] if holding else None, lines)
             told[f"{place}: {problem if key == problem else f'{key}: {reason}'}"] = None
         return UserError(told)
 
@@ -175,8 +175,9 @@ class Places:
         if not stages:
             return outside
         name = self.merged.get(table, {}).get("name") if isinstance(self.merged.get(table), dict) else None
-        own = stages[int(number)].get(table, {})
-        return outside if outside in merged and own.get("name", name) == name else key
+        own = stages[int(number)].get(table)
+        renamed = isinstance(own, dict) and own.get("name", name) != name
+        return outside if outside in merged and not renamed else key
 
 
 def _place(layer: Layer, path: KeyPath | None, lines: dict[KeyPath, int]) -> str:
@@ -192,7 +193,8 @@ def paths(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
         if path:
             yield path, key
         for part, child in reversed(_children(value)):
-            todo.append(((*path, part), f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip("."), child))
+            dotted = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}" if path else part
+            todo.append(((*path, part), dotted, child))
 
 
 def _children(value: Any) -> list[tuple[str | int, Any]]:

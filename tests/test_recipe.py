@@ -880,6 +880,25 @@ def test_a_problem_of_what_every_stage_shares_is_told_once(read):
     ]
 
 
+def test_no_line_is_said_of_a_key_that_was_left_behind(read):
+    text = (
+        BASE.replace('name = "digits"', 'name = "hdf5"\npath = "own.h5"')
+        + '[profiles.x.data]\nname = "hdf5"\n[profiles.y.data]\nname = "toy"'
+    )
+    assert read(text, ("x",)).data.config.path == "own.h5"
+    assert told(read, text.replace('"hdf5"\npath', '"digits"\npath'), ("x",)) == [
+        "some.toml: data.path: missing (a string: of the file)"
+    ]
+
+
+def test_a_stage_whose_objective_is_no_table(read):
+    text = STAGES.replace("beta_neg = 4.0", "beta_neg = -4.0") + '[[stages]]\nlength = "2 steps"\nobjective = 3\n'
+    assert told(read, text) == [
+        "some.toml:20: stages[0].objective: expected a table",
+        "some.toml:12: objective.beta_neg: must be >= 0, got -4.0",
+    ]
+
+
 def test_everything_that_does_not_fit_is_told_at_once_with_its_line(read, catalogue):
     text = changed("beta_kl = { q = 1.0 }", "objective") + '[prior.y]\nname = "standard_normal"\n[metrics.content_transfer]\n'
     text += "[[stages]]\nlength = '1 step'\n[[stages]]\nlength = '1 step'\nobjective = { beta_neg = {} }\n"
