@@ -30,7 +30,7 @@ Tensors = dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
     """Write `folder/step_00001000`; a whole one that is there already is left as it is (a resumed run made it again)."""
     final = folder / f"step_{step:08d}"
-    if final.exists():
+    if os.path.lexists(final):
         if not problems(final):
             return final
         remove(final)

@@ -22,7 +22,7 @@ def in_child(
     function: Any, *arguments: Any, kill_at: int = 0, kill_after: float | None = None, seconds: float = 120, **more: Any
 ) -> tuple[int, int]:
     """(exit code, number of flushes and renames): −9 after a kill."""
-    counted = CONTEXT.Value("i", 0)
+    counted = CONTEXT.RawValue("i", 0)  # without a lock, which a killed child would keep
     child = CONTEXT.Process(target=_work, args=(counted, kill_at, function, arguments, more))
     child.start()
     if kill_after is not None:
@@ -70,13 +70,17 @@ def train(recipe: str, run_dir: str, *sets: str) -> None:
 
 
 def train_quickly(recipe: str, run_dir: str) -> None:
-    """As `train`, with a blank picture for the curves: drawing them takes longer than all the rest and is not what is tried."""
+    draw_quickly()
+    train(recipe, run_dir)
+
+
+def draw_quickly() -> None:
+    """A blank picture for the curves: drawing them takes longer than all the rest of a small run and is not what is tried."""
     import numpy as np
 
     from siv_core import pictures
 
     pictures.curves = lambda path, lines: pictures.save_png(path, np.full((len(lines), 8, 3), 255, np.uint8))
-    train(recipe, run_dir)
 
 
 def evaluate(run_dir: str) -> None:

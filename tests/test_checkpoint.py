@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 
 import pytest
@@ -182,6 +184,103 @@ def test_weights_that_do_not_fit_are_named():
         "here: tensor '3.bias' is not part of this network",
     )
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.full((4, 3), float("nan")), "here: tensor '0.weight' has values that are not finite"),
+        (torch.zeros(4, 3, dtype=torch.float16), "here: tensor '0.weight' is torch.float16, the network needs torch.float32"),
+    ],
+)
+def test_values_that_cannot_be_weights_are_named(value, words):
+    module = network()
+    with pytest.raises(UserError) as error:
+        checkpoint.restore_module(module, {**module.state_dict(), "0.weight": value}, "here")
+    assert error.value.problems == (words,)
+
+
+def test_moments_of_another_network_are_named():
+    """Torch would take them, and fused Adam walk beyond their end."""
+    first = trained(1)
+    own = checkpoint.optimiser_tensors(first.module, first.optimiser)
+    moved = {key.replace("0.", "2.").replace("1.", "0."): value for key, value in own.items()}
+    with pytest.raises(UserError, match=r"tensor '0.weight/exp_avg' has shape \[4\], the network needs \[4, 3\]"):
+        checkpoint.restore_optimiser(first.module, first.optimiser, moved, "here")
+    strange = {**own, "9.weight/exp_avg": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"tensor '9.weight/exp_avg' is not part of this network"):
+        checkpoint.restore_optimiser(first.module, first.optimiser, strange, "here")
+    del own["0.weight/step"]
+    with pytest.raises(UserError, match=r"tensor '0.weight/step' is missing"):
+        checkpoint.restore_optimiser(first.module, first.optimiser, own, "here")
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a pickle was run')",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_under_our_names_is_not_read(saved, protocol):
+    data = pickle.dumps(Bomb(), protocol)
+    (saved / "encoder.safetensors").write_bytes(data)
+    state = json.loads((saved / "state.json").read_text())
+    state["files"]["encoder.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (saved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"encoder.safetensors: damaged, not safetensors"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": 11}, "step_00000010: holds the checkpoint of step 11; give the folder its own name back"),
+        ({"images_seen": -1}, "state.json: damaged, 'images_seen' is missing or not what siv writes"),
+        ({"tick_images": 2.5}, "state.json: damaged, 'tick_images' is missing"),
+        ({"number": None}, "state.json: damaged, 'number' is missing"),
+        ({"offsets": {"stats": "x"}}, "state.json: damaged, 'offsets' is missing"),
+        ({"stats": {"names": {"a": ["b"]}, "samples": {}}}, "state.json: damaged, 'stats' is missing"),
+        ({"files": []}, "state.json: damaged, 'files' is missing"),
+        ({"files": {"encoder.safetensors": None}}, "encoder.safetensors: damaged, its size or sha256"),
+        ({"files": {"a\0.safetensors": None}}, r"state.json: damaged, it names a file 'a\\x00.safetensors'"),
+    ],
+)
+def test_a_state_that_siv_does_not_write_is_named(saved, change, words):
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps({**state, **change}))
+    with pytest.raises(UserError, match=words):
+        checkpoint.load(saved)
+
+
+def test_the_one_before_a_damaged_one_is_offered(tmp_path):
+    make(tmp_path, [5, 10, 15])
+    flip(tmp_path / "step_00000015" / "encoder.safetensors")
+    flip(tmp_path / "step_00000010" / "encoder.safetensors")
+    words = (
+        "the checkpoint of step 5 before it is whole: --checkpoint 5 takes it, and a resume does so once step_00000015 is moved"
+    )
+    with pytest.raises(UserError, match=words):
+        checkpoint.load(tmp_path / "step_00000015")
+    flip(tmp_path / "step_00000005" / "encoder.safetensors")
+    assert checkpoint.offer(tmp_path / "step_00000015") == []
+
+
+def test_what_is_damaged_beyond_the_newest_costs_no_good_one(tmp_path):
+    make(tmp_path, [5, 10])
+    for step in (90, 95):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    checkpoint.prune(tmp_path, 0, 10)
+    assert checkpoint.steps(tmp_path) == [5, 10, 90, 95]
+
+
+def test_a_link_is_taken_away_and_not_what_it_leads_to(tmp_path):
+    make(tmp_path / "mine", [5])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000005").symlink_to(tmp_path / "mine" / "step_00000005")
+    make(tmp_path / "checkpoints", [10, 15])
+    checkpoint.prune(tmp_path / "checkpoints", 0, 15)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [10, 15]
+    assert checkpoint.problems(tmp_path / "mine" / "step_00000005") == []
 
 
 def trained(steps: int) -> Player:

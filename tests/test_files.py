@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from siv_core import files
+from siv_core import files, weights
 from siv_core.errors import UserError, near_miss
 
 
@@ -87,6 +87,48 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     with path.open("ab") as file:
         file.write(torn.encode()[:-1] if "ä" in torn else torn.encode())
     assert files.read_jsonl(path) == [{"i": i} for i in range(3)]
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", '"x"', "{", "\x00", "[" * 100_000])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"format": 1}\n' + line + '\n{"i": 2}\n')
+    with pytest.raises(UserError, match=r"a.jsonl: line 2 is damaged, it is no JSON object; take it out, the others are good"):
+        files.read_jsonl(path)
+
+
+def test_what_follows_a_torn_line_starts_a_line_of_its_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"i": 0}\n{"i": 1')
+    files.append_json(path, {"i": 2}, {"i": 3})
+    assert files.read_jsonl(path) == [{"i": 0}, {"i": 2}, {"i": 3}]
+
+
+def test_formats():
+    def told(value: object) -> list[str]:
+        return files.format_problem(value, Path("a.json"), 2)
+
+    assert told({"format": 2}) == []
+    assert told({"format": 3}) == ["a.json: format 3 is of a newer siv, this one reads 2: update it (pip install --upgrade siv)"]
+    assert told({"format": 1}) == ["a.json: format 1 is of an older siv, this one reads 2: use the one that manifest.json names"]
+    for value in ({}, [], None, {"format": "2"}, {"format": True}, {"format": 2.0}):
+        assert told(value) == ["a.json: damaged, it does not give its format"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a.json: is no file"):
+        files.read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a.json: is no file; get it from there"):
+        weights.read(tmp_path / "a.json", "", "get it from there")
+
+
+def test_no_home_folder(monkeypatch):
+    for name in ("SIV_DATA", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(UserError, match="no home folder is known: set SIV_DATA to a folder for data and weights"):
+        files.data_root()
 
 
 def test_digest(tmp_path):

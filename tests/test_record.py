@@ -211,3 +211,62 @@ def test_a_conditional_run_shows_its_classes(tmp_path):
     written = apply.reconstruct(model, data, tmp_path / "outputs", (), 0)["files"]
     assert [Path(path).name for path in written] == ["reconstructions.safetensors", "reconstructions.png"]
     assert model.interpolate(x, x, 3, labels=torch.tensor([1, 2])).shape == (3, 2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (
+            "manifest",
+            None,
+            r"manifest.json: cannot be read \(No such file or directory\); bring it back from a copy, or start the run",
+        ),
+        ("manifest", "{", r"manifest.json: damaged, not JSON .*; bring it back from a copy"),
+        (
+            "manifest",
+            '{"format": 1, "recipe": "r"}',
+            r"manifest.json: damaged, 'automatic_profile' is missing or not what siv writes",
+        ),
+        ("manifest", '{"format": 9}', r"manifest.json: format 9 is of a newer siv, this one reads 1: update it"),
+        ("resolved", "[]", r"resolved.json: damaged, it does not give its format"),
+        ("resolved", '{"format": 0}', r"resolved.json: format 0 is of an older siv, this one reads 1: use the one that manifest"),
+        ("resolved", '{"format": 1}', r"holds another run; these differ"),
+        ("status", "{", r"status.json: damaged, not JSON .*; take it away, nothing depends on it"),
+        ("status", '{"format": 1}', r"status.json: damaged, 'state' is missing or not what siv writes; take it away"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(run, name, text, words):
+    (run / f"{name}.json").unlink() if text is None else (run / f"{name}.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        session.resume(run, device="cpu")
+
+
+def test_a_length_that_siv_does_not_write(run):
+    path = run / "resolved.json"
+    path.write_text(path.read_text().replace('"4 steps"', "5"))
+    with pytest.raises(UserError, match=r"resolved.json: damaged, a stage's length is not what siv writes"):
+        session.resume(run, device="cpu")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(run, tmp_path):
+    """Although every tensor fits."""
+    (tmp_path / "other.toml").write_text(RECIPE.replace("batch = 48", "batch = 48\nseed = 7"))
+    session.run(tmp_path / "other.toml", run_dir=tmp_path / "other", device="cpu")
+    newest = run / "checkpoints" / "step_00000008"
+    shutil.rmtree(newest)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step_00000008", newest)
+    words = r"step_00000008: saved by another recipe; these differ:\ntrain.seed: .*\nthe checkpoint of step 6 before it is whole"
+    with pytest.raises(UserError, match=words):
+        session.load(run, device="cpu")
+    (run / "status.json").unlink()
+    with pytest.raises(UserError, match=words):
+        session.resume(run, device="cpu")
+
+
+def test_a_damaged_newest_checkpoint_is_not_replaced_in_silence(run):
+    (run / "checkpoints" / "step_00000008" / "prior.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"prior.safetensors: missing\nthe checkpoint of step 6 before it is whole: --checkpoint 6"
+    ):
+        session.load(run, device="cpu")
+    assert session.load(run, checkpoint="6", device="cpu").name == "step_00000006, ema weights"

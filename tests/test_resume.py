@@ -232,7 +232,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_training_leaves_a_checkpoint(tmp_path, signum):
     recipe, run = tmp_path / "long.toml", tmp_path / "run"
     recipe.write_text(LONG)
