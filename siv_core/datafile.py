@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from siv_core import files, hdf5
 from siv_core.errors import UserError, one_line
-from siv_core.hdf5 import FORMAT
+from siv_core.hdf5_child import COLUMNS, FORMAT
 from siv_core.protocols import Progress, Rows
 
 Block = tuple[int, NDArray[np.uint8]]
@@ -178,7 +178,7 @@ def _write_whole(path: Path, table: Table) -> None:
 
 @frozen(eq=False)
 class Looked:
-    """What a file holds, as `hdf5.look` tells it."""
+    """What a file holds, as `hdf5_child.look` tells it."""
 
     facts: dict[str, Any]
     columns: dict[str, NDArray[np.int64]]
@@ -221,7 +221,7 @@ def read(path: Path) -> Table:
         images: NDArray[np.uint8] = np.memmap(path, np.uint8, "c", offset=facts["offset"], shape=tuple(facts["shape"]))
     except (OSError, ValueError) as error:
         raise UserError(f"{one_line(path)}: its images cannot be mapped into memory ({error})") from error
-    labels, factors, split = (values if values is None else values.copy() for values in map(looked.columns.get, hdf5.COLUMNS))
+    labels, factors, split = (values if values is None else values.copy() for values in map(looked.columns.get, COLUMNS))
     low, high = facts["value_range"]
     short = None if split is None else split.astype(np.uint8)
     return Table(images, facts["source"], facts["sha256"], (low, high), labels, factors, facts["factor_sizes"], short)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from siv_core import datafile, hdf5
+from siv_core import datafile, hdf5, hdf5_child
 from siv_core.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 5), dtype=np.uint8)
@@ -118,7 +118,7 @@ TWO = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from siv_core import datafile, hdf5
+from siv_core import datafile, hdf5, hdf5_child
 
 def produce(numbers):
     for number in numbers:
@@ -280,7 +280,7 @@ def test_what_is_not_as_the_format_says(tmp_path, changes, words):
     path = tmp_path / "own.h5"
     make(path, **changes)
     with pytest.raises(UserError, match=words) as error:
-        list(hdf5.look(path, "images", "labels"))  # what the child does, without starting one each time
+        list(hdf5_child.look(path, "images", "labels"))  # what the child does, without starting one each time
     assert str(path) in str(error.value)
 
 

@@ -393,12 +393,12 @@ def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_child_that_computes_without_an_end_is_ended():
-    code = "from siv_core import hdf5\nhdf5._hurry(0.2, 60)\nwhile True: pass"
+    code = "from siv_core import hdf5_child\nhdf5_child._hurry(0.2, 60)\nwhile True: pass"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGPROF
 
 
 def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path):
-    code = "import sys, siv_core.hdf5; assert 'torch' not in sys.modules"
+    code = "import sys, siv_core.hdf5_child; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     (tmp_path / "h5py.py").write_text("print('somebody else')")  # in the folder one works in
     (tmp_path / "own.h5").write_bytes(b"")
