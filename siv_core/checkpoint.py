@@ -102,6 +102,9 @@ def _state_problems(state: dict[str, Any], path: Path) -> list[str]:
     stats = _table(state.get("stats"))
     names, samples = _table(stats.get("names"), {"": None}), _table(stats.get("samples"))
     good = {key: _count(state.get(key)) for key in COUNTERS}
+    stage = _table(state.get("stage"))
+    fade = stage.get("fade")
+    good["stage"] = _count(stage.get("number")) and isinstance(fade, (int, float)) and 0 <= fade <= 1
     good["files"] = bool(_table(state.get("files")))
     good["offsets"] = all(_count(value) for value in _table(state.get("offsets"), {"": None}).values())
     good["stats"] = names.keys() == samples.keys() and all(

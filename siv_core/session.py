@@ -273,8 +273,9 @@ def open_run(run_path: str | Path, step: str, weights: str, device: str) -> tupl
 def model_of(built: Built, path: Path, weights: str, device: torch.device) -> Model:
     """The networks of `built` with the weights of a checkpoint in them."""
     used = _restore(built, path, weights)
-    newest = {"number": len(built.recipe.stages) - 1, "fade": 1.0}  # for checkpoints that do not say it yet
-    stage = files.read_json(path / "state.json").get("stage", newest)
+    stage = files.read_json(path / "state.json")["stage"]
+    if stage["number"] >= len(built.recipe.stages):
+        raise UserError(f"{path}: is of stage {stage['number']}, the recipe has {len(built.recipe.stages)}: it is another run's")
     plan = built.recipe.stages[stage["number"]]
     fade = torch.tensor(stage["fade"], device=device)
     set_stage(built.modules.values(), Stage(stage["number"], built.shape(plan), fade))

@@ -21,6 +21,7 @@ STATE = {
     "images_seen": 640,
     "number": 1,
     "tick_images": 600,
+    "stage": {"number": 0, "fade": 1.0},
     "stats": {"names": {"encoder": ["loss"]}, "samples": {"encoder": 40}},
     "offsets": {"stats": 90, "metrics": 0},
 }
@@ -239,6 +240,7 @@ def test_a_pickle_under_our_names_is_not_read(saved, protocol):
         ({"tick_images": 2.5}, "state.json: damaged, 'tick_images' is missing"),
         ({"number": None}, "state.json: damaged, 'number' is missing"),
         ({"offsets": {"stats": "x"}}, "state.json: damaged, 'offsets' is missing"),
+        ({"stage": {"number": 0, "fade": 1.5}}, "state.json: damaged, 'stage' is missing"),
         ({"stats": {"names": {"a": ["b"]}, "samples": {}}}, "state.json: damaged, 'stats' is missing"),
         ({"files": []}, "state.json: damaged, 'files' is missing"),
         ({"files": {"encoder.safetensors": None}}, "encoder.safetensors: damaged, its size or sha256"),
