@@ -476,8 +476,16 @@ def test_a_sweep_from_the_command_line(tmp_path, tiny, siv):
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`siv sweep` in a process group of its own."""
     command = [sys.executable, "-m", "siv_core.cli", "sweep", *arguments, "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # tests under `nohup` ignore it
+    )
 
 
 def wait_for(condition, seconds: float = 300) -> None:
@@ -492,7 +500,7 @@ def state_of(run: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_sweep_goes_on(tmp_path, siv, signum):
     """Stopped in training by a signal; the same command resumes, and ends with what a sweep that was left alone has."""
@@ -507,39 +515,62 @@ def test_a_stopped_sweep_goes_on(tmp_path, siv, signum):
     assert "the same command goes on" in out
     assert [state_of(root / f"VAE_seed={seed}") for seed in (0, 1)] == ["stopped", "stopped"]
     assert not (root / "soft_seed=0").exists()
-    table = siv("sweep", "four.toml", "--table", seconds=100)
+    table = siv("sweep", "four.toml", "--table", seconds=200)
     assert "seeds 0, 1 stopped" in table.stdout
     assert "seeds 0, 1 missing" in table.stdout
-    done = siv("sweep", "four.toml", "--device", "cpu", seconds=400)
+    done = siv("sweep", "four.toml", "--device", "cpu", seconds=900)
     assert done.returncode == 0, done.stderr
     assert "going on with VAE_seed=0 at step" in done.stdout
     sets = ("--set", 'objective={name = "vae"}', "--set", "train.seed=1")
-    undisturbed = siv("run", "tiny.toml", *sets, "--run-dir", "whole", "--device", "cpu", seconds=100)
+    undisturbed = siv("run", "tiny.toml", *sets, "--run-dir", "whole", "--device", "cpu", seconds=400)
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert RunDir(root / "VAE_seed=1").read("metrics") == RunDir(tmp_path / "whole").read("metrics")
-    again = siv("sweep", "four.toml", "--device", "cpu", seconds=100)
+    again = siv("sweep", "four.toml", "--device", "cpu", seconds=200)
     assert "4 trials (4 finished)" in again.stdout
     assert "starting" not in again.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_killed_sweep_goes_on_and_waits_for_what_it_left(tmp_path, siv):
-    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"4000 steps"'))
-    (tmp_path / "four.toml").write_text(HEAD + "seeds = [0, 1]\n")
-    process = start(tmp_path, "four.toml", "--jobs", "1")
-    root = tmp_path / "runs/four"
+@pytest.mark.timeout(1500)
+def test_a_killed_sweep_goes_on(tmp_path, siv):
+    """What it left may be at work still: that is waited for, and not started twice."""
+    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"300 steps"'))
+    (tmp_path / "two.toml").write_text(HEAD + "seeds = [0, 1]\n")
+    process = start(tmp_path, "two.toml", "--jobs", "1")
+    root = tmp_path / "runs/two"
     wait_for(lambda: (root / "seed=0/stats.jsonl").exists())
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
-    assert state_of(root / "seed=0") == "running"
-    done = siv("sweep", "four.toml", "--jobs", "1", "--max-time", "1s", seconds=200)
-    assert done.returncode == 0, done.stderr
-    assert "stopped after 1 s as asked" in done.stdout
-    done = siv("sweep", "four.toml", "--jobs", "1", seconds=400)
-    assert done.returncode == 0, done.stderr
-    assert "seed=0: another process is working on it, waiting for that one" in done.stdout
+    done = siv("sweep", "two.toml", "--jobs", "1", "--device", "cpu", seconds=1000)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert [state_of(root / f"seed={seed}") for seed in (0, 1)] == ["finished", "finished"]
+    assert [RunDir(root / f"seed={seed}").read("stats")[-1]["step"] for seed in (0, 1)] == [300, 300]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trial_that_another_process_works_on_is_waited_for(tmp_path, tiny):
+    (tmp_path / "one.toml").write_text(HEAD + "seeds = [0]\n")
+    run = RunDir.at(tmp_path / "runs/one/seed=0")
+    (tmp_path / "runs/one/sweep.toml").write_text("")
+    with run.locked():
+        process = start(tmp_path, "one.toml")
+        assert any("seed=0: another process is working on it, waiting for that one" in line for line in process.stdout)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "finished seed=0" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_time_for_the_whole(tmp_path, siv):
+    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"400000 steps"'))
+    (tmp_path / "two.toml").write_text(HEAD + "seeds = [0, 1]\n")
+    done = siv("sweep", "two.toml", "--device", "cpu", "--jobs", "1", "--max-time", "20s", seconds=300)
+    assert done.returncode == 0, done.stderr
+    assert "stopped after 20 s as asked; the same command goes on" in done.stdout
+    assert "lacking" in (tmp_path / "runs/two/table.md").read_text()
+    assert not sweep_table.busy(RunDir(tmp_path / "runs/two/seed=0"))
 
 
 @pytest.mark.slow
@@ -547,7 +578,7 @@ def test_a_killed_sweep_goes_on_and_waits_for_what_it_left(tmp_path, siv):
 def test_failed_and_diverged_trials_do_not_stop_the_others(tmp_path, tiny, siv):
     text = FOUR.replace("seeds = [0, 1]", "seeds = [0]") + '[[trials]]\nlabel = "wild"\noptim.lr = 1e30\n'
     (tmp_path / "some.toml").write_text(text + '[[trials]]\nlabel = "orphan"\ninit = { run = "nowhere" }\n')
-    done = siv("sweep", "some.toml", "--device", "cpu", "--jobs", "1", seconds=300)
+    done = siv("sweep", "some.toml", "--device", "cpu", "--jobs", "1", seconds=500)
     assert done.returncode == 1, done.stdout
     assert done.stderr == "error: of 4 trials 1 failed and 1 diverged\n"
     for words in ("finished VAE_", "finished soft_", "diverged wild_seed=0 (exit 3)", "failed orphan_seed=0 (exit 2)"):
