@@ -178,6 +178,11 @@ def right(kind: Any, bounds: Bounds) -> Any:
     return st.one_of(st.sampled_from(["digit", "model", "images", "last", "runs/00000-a"]), ODD)
 
 
+def one_in(share: float) -> Any:
+    """True in this share of cases; from the middle of the range, since hypothesis likes its ends."""
+    return st.integers(0, 999).map(lambda n: 500 <= n < 500 + 1000 * share)
+
+
 @st.composite
 def options(draw: Any, cls: type, more: dict[str, Any] | None = None, wrong: float = 0.03) -> dict[str, Any]:
     """A table for a config class: about half of its options, now and then a wrong value or key."""
@@ -186,8 +191,8 @@ def options(draw: Any, cls: type, more: dict[str, Any] | None = None, wrong: flo
     for attribute in attrs.fields(cls):
         if attribute.default is attrs.NOTHING or draw(st.integers(0, 2)) == 0:
             valid = right(attribute.type, attribute.metadata.get("bounds", Bounds()))
-            table[attribute.name] = draw(WRONG if draw(st.floats(0, 1)) < wrong else valid)
-    if draw(st.floats(0, 1)) < wrong:
+            table[attribute.name] = draw(WRONG if draw(one_in(wrong)) else valid)
+    if draw(one_in(wrong)):
         table[draw(st.one_of(ODD, st.sampled_from([a.name[:-1] + "x" for a in attrs.fields(cls)] or ["x"])))] = draw(WRONG)
     return table
 
@@ -229,7 +234,7 @@ def trees(draw: Any, wrong: float = 0.03) -> dict[str, Any]:
         }
     if draw(some):
         tree["metrics"] = {choice["name"]: choice for choice in draw(st.lists(component("metric", wrong), max_size=2))}
-    if draw(st.floats(0, 1)) < wrong:
+    if draw(one_in(wrong)):
         tree[draw(st.sampled_from([*tree, "trian", "priors", ""]))] = draw(WRONG)
     return tree
 
@@ -400,7 +405,7 @@ def test_profiles_and_settings(source, profiles, sets):
 
 
 @campaign(0.02)
-@given(trees(wrong=0.01), st.sampled_from([("check", "--json"), ("run", "--dry-run")]))
+@given(trees(wrong=0.002), st.sampled_from([("check", "--json"), ("check", "--json"), ("run", "--dry-run")]))
 def test_the_command_on_recipes_from_the_schema(tree, command):
     """Networks are built here: what asks for more than there is must be told."""
     Path("some.toml").write_bytes(written(tree))
@@ -416,4 +421,4 @@ def test_the_command_on_large_recipes(z_dim, hidden, batch):
     Path("some.toml").write_bytes(SHIPPED["digits.toml"])
     sets = (f"network.z_dim={z_dim}", f"network.hidden=[{hidden}, {hidden}]", f"train.batch={batch}")
     code = siv("check", "some.toml", "--json", *(part for given in sets for part in ("--set", given)))
-    assert code == 2 or max(z_dim, hidden) <= 4096
+    assert code == 2 or (max(z_dim, hidden) <= 65536 and batch <= 65536)
