@@ -275,7 +275,7 @@ def model_of(built: Built, path: Path, weights: str, device: torch.device) -> Mo
     used = _restore(built, path, weights)
     stage = files.read_json(path / "state.json")["stage"]
     if stage["number"] >= len(built.recipe.stages):
-        raise UserError(f"{path}: is of stage {stage['number']}, the recipe has {len(built.recipe.stages)}: it is another run's")
+        raise UserError([f"{path}: saved in stage {stage['number']}, which this recipe does not have", *checkpoint.offer(path)])
     plan = built.recipe.stages[stage["number"]]
     fade = torch.tensor(stage["fade"], device=device)
     set_stage(built.modules.values(), Stage(stage["number"], built.shape(plan), fade))

@@ -270,3 +270,11 @@ def test_a_damaged_newest_checkpoint_is_not_replaced_in_silence(run):
     ):
         session.load(run, device="cpu")
     assert session.load(run, checkpoint="6", device="cpu").name == "step_00000006, ema weights"
+
+
+def test_a_stage_that_the_recipe_does_not_have(run):
+    path = run / "checkpoints" / "step_00000008" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stage": {"number": 2, "fade": 1}}))
+    words = r"step_00000008: saved in stage 2, which this recipe does not have\nthe checkpoint of step 6 before it is whole"
+    with pytest.raises(UserError, match=words):
+        session.load(run, device="cpu")
