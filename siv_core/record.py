@@ -131,6 +131,9 @@ def write_head(found: RunDir, trainer: Trainer, say: Callable[[str], None], offs
     """What a run writes before its first step, or before it goes on."""
     found.cut(dict(offsets))
     before, read = earlier(found), trainer.built.recipe
+    checkpoint.prune(
+        found.checkpoints, read.train.keep_every, trainer.counters.step
+    )  # a kill may have come between save and this
     now = manifest(trainer)
     for what in changed_machine(before, now):
         say(f"{what}: the last bits may differ from a run that was not interrupted")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import toys
 
-from siv_core import apply, session
+from siv_core import apply, checkpoint, session
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 
@@ -278,3 +278,13 @@ def test_a_stage_that_the_recipe_does_not_have(run):
     words = r"step_00000008: saved in stage 2, which this recipe does not have\nthe checkpoint of step 6 before it is whole"
     with pytest.raises(UserError, match=words):
         session.load(run, device="cpu")
+
+
+def test_what_a_killed_process_had_yet_to_prune_goes_at_the_next_start(run):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "step_00000006", folder / "step_00000003")
+    path = folder / "step_00000003" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 3, "number": 1}))
+    (run / "status.json").unlink()
+    session.resume(run, device="cpu")
+    assert checkpoint.steps(folder) == [6, 8]
