@@ -111,8 +111,6 @@ def _state_problems(state: dict[str, Any], path: Path) -> list[str]:
         isinstance(names[phase], list) and all(isinstance(name, str) for name in names[phase]) and _count(samples[phase])
         for phase in names
     )
-    stage = _table(state.get("stage", {"number": 0, "fade": 1.0}))  # earlier ones do not say it
-    good["stage"] = _count(stage.get("number")) and type(stage.get("fade")) in (int, float) and 0 <= stage["fade"] <= 1
     wrong = [f"{path / 'state.json'}: damaged, '{key}' is missing or not what siv writes" for key in good if not good[key]]
     if not wrong and path.name != f"step_{state['step']:08d}":
         wrong = [f"{path}: holds the checkpoint of step {state['step']}; give the folder its own name back"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +33,7 @@ class_factor = "digit"
 )
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # theirs too, where `nohup` started the tests
 
 
 @pytest.fixture(scope="session", autouse=True)
