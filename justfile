@@ -30,3 +30,8 @@ fix:
 # The step against a naive implementation of the same step, interleaved
 bench *ARGS:
     python tests/bench_step.py {{ARGS}}
+
+# Kills, fuzzed recipes and damaged files at full size: docs/reliability.md
+campaign *ARGS:
+    SIV_CAMPAIGN_RECIPES=10000 SIV_CAMPAIGN_FILES=2000 SIV_CAMPAIGN_CHECKPOINTS=600 SIV_CAMPAIGN_KILLS=1000 python -m pytest --timeout 0 \
+        tests/test_fuzz_recipes.py tests/test_fuzz_data.py tests/test_fuzz_checkpoints.py tests/test_kills.py {{ARGS}}
