@@ -121,9 +121,10 @@ def test_rows_are_labels_and_grid_keys_unless_told(read):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_sweeps_are_read(path):
+def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
     numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2}
-    assert len(sweep.load(path).trials) == numbers[path.stem]
+    made = sweep.load(path)
+    assert len(sweep.resolve(made, catalogue, cpu_only=False)) == len(made.trials) == numbers[path.stem]
 
 
 # -- what is wrong with a file ---------------------------------------------------------------------------------------------------
