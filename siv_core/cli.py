@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import traceback as traceback_module
@@ -30,15 +31,11 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # w
 
 def main() -> None:
     """`siv`: told failures become lines and an exit code, bugs keep their traceback."""
-    # `siv … | head` ends us as other programs; see Screen.listen for those that stay
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without our letters, names that are no text
             stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(prog_name="siv", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except click.ClickException as error:
         with contextlib.suppress(OSError):
             error.show()
@@ -63,6 +60,18 @@ def _end(code: int, lines: list[str]) -> NoReturn:
         for line in lines:
             click.echo(line, err=True)
     sys.exit(code)
+
+
+def _end_unread() -> None:
+    """`siv … | head` ends by SIGPIPE as other programs do. Left to the signal alone, the death of a helper process would end us
+    too, and without a word."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)
+    if any(event & select.POLLERR for _, event in outputs.poll(0)):
+        _print_nothing_more()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
 
 
 def _print_nothing_more() -> None:
@@ -100,10 +109,15 @@ out_options = options(
 class Commands(click.Group):
     """Tells whose code an exception came from, and shows its traceback when asked to."""
 
-    def invoke(self, context: click.Context) -> Any:
+    def invoke(self, context: click.Context) -> None:
         try:
-            return super().invoke(context)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            super().invoke(context)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            _end_unread()
             raise
         except Exception as error:
             from siv_core import catalogue

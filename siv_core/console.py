@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -57,12 +58,17 @@ class Lasting:
         return getattr(self.stream, name)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # how the process then ends is for `cli` to say
+
+
 class Screen:
     """Watches a run for a person; on a terminal as moving bars, elsewhere as lines. Takes the first signal as a wish to stop."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-        self.console = Console(stderr=stderr, highlight=False, quiet=quiet)
+        self.console: Console = _Console(stderr=stderr, highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 200  # a file has no width to keep to
         self.signum = 0
@@ -86,7 +92,6 @@ class Screen:
         """
         self.at_once = at_once
         if not at_once:
-            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             self.console.file = cast(IO[str], Lasting(self.console.file))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

@@ -392,6 +392,26 @@ def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
             list(reader.ask(path, "look", images="images", labels="labels"))
 
 
+def test_the_command_outlives_a_child_that_died_unasked(tmp_path):
+    """What is written to a dead process is a broken pipe, which ends a command where its reader is gone; this one goes on."""
+    (tmp_path / "own.h5").write_bytes(b"x")
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -SEGV $$\n")
+    (tmp_path / "python").chmod(0o755)
+    code = """
+import subprocess, sys
+from siv_core import cli, hdf5
+class Dead(subprocess.Popen):
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.wait()
+subprocess.Popen, sys.executable, sys.argv = Dead, "./python", ["siv", "data", "check", "own.h5"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "HDF5 broke down while it read it (signal SIGSEGV)" in done.stdout + done.stderr
+
+
 def test_a_child_that_computes_without_an_end_is_ended():
     code = "from siv_core import hdf5_child\nhdf5_child._hurry(0.2, 60)\nwhile True: pass"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGPROF

@@ -148,7 +148,7 @@ def test_a_list_that_nobody_reads_ends(folder, command):
 @pytest.fixture
 def handlers():
     """Gives back what handles signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
