@@ -1,7 +1,8 @@
-"""How much memory there is, and a refusal of what asks for more before the machine has to give it."""
+"""How much memory there is, a refusal of what asks for more before the machine has to give it, and what is kept between steps."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -37,6 +38,19 @@ def free() -> int:
         return min(available, int(limit) - int(used))
     except (OSError, ValueError):  # no container, or one without a limit
         return available
+
+
+def keep_what_is_freed() -> None:
+    """From here on this process gives no freed memory back to the system, where glibc serves it; its peak stays what it was.
+
+    A step on the CPU frees all that it allocates. glibc hands large blocks back, and the next step gets new pages, each at
+    a page fault: a twentieth of a step of the 2-D recipes, a fifth of one of the cars' cpu profile.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 30)
 
 
 def need(what: str, size: int, remedy: str) -> None:

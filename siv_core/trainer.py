@@ -15,7 +15,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from siv_core import checkpoint
+from siv_core import checkpoint, memory
 from siv_core.build import Built
 from siv_core.convert import Length
 from siv_core.errors import Diverged, Stopped, UserError
@@ -69,6 +69,8 @@ class Trainer:
     @classmethod
     def of(cls, built: Built, rundir: RunDir, device: torch.device, parallel: Parallel, observer: Observer) -> Trainer:
         """Prepared for step 0; the data and the reconstruction loss are at hand."""
+        if device.type == "cpu":
+            memory.keep_what_is_freed()
         train = built.recipe.train
         players = {name: Player.of(name, module.to(device).train()) for name, module in built.modules.items()}
         if train.channels_last:

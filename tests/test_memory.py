@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import TINY
@@ -83,3 +87,21 @@ def test_a_run_to_start_from_that_is_not_there(catalogue, tmp_path):
     path.write_text(TINY + '[init]\nrun = "nowhere"\n')
     with pytest.raises(UserError, match=r"some.toml:\d+: init.run: nowhere: no run here"):
         inspect.check(load(path, catalogue), catalogue)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_there_for_the_next_step(kept):
+    """64 MB, allocated and freed again and again in a fresh process: 16,000 new pages a time, or none once it has its place."""
+    code = f"""
+import resource, torch
+from siv_core import memory
+{"memory.keep_what_is_freed()" if kept else ""}
+def work():
+    torch.full((16_000_000,), 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = [work() for _ in range(20)]
+print(faults[-1] - faults[10])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (int(done.stdout) < 2_000) is kept
