@@ -25,6 +25,9 @@ LINE_SECONDS = 30.0  # between two lines about the whole: a sweep takes longer t
 @options(
     click.argument("sweep", type=PATH),
     click.option("--root", type=PATH, help="Folder of the sweep, with a run directory for each trial; default: runs/SWEEP."),
+    click.option(
+        "--only", multiple=True, metavar="TRIAL", help="Run this trial alone; its name as in --dry-run, also 'VAE_*'; repeatable."
+    ),
     click.option("--jobs", type=click.IntRange(1), help="Trials at a time, one thread each; default: cores, on CUDA 1."),
     set_option,
     click.option("--max-time", callback=seconds, metavar="8m", help="Stop the whole sweep then, with checkpoints."),
@@ -36,6 +39,7 @@ LINE_SECONDS = 30.0  # between two lines about the whole: a sweep takes longer t
 def sweep(
     sweep: Path,
     root: Path | None,
+    only: tuple[str, ...],
     jobs: int | None,
     sets: tuple[str, ...],
     max_time: float | None,
@@ -50,17 +54,19 @@ def sweep(
     from siv_core import sweep as sweeps
 
     read = sweeps.load(sweep, sets)
+    chosen = sweeps.chosen(read, only)
     known = catalogue.load()
     recipes = sweeps.resolve(read, known, cpu_only=not session.nvidia_present())
     root = root or Path("runs") / read.name
     for line in sweep_table.check_folder(read, recipes, root):
         watcher.say(line)
     if dry_run:
-        show_trials(read, sweep_table.outcomes(read, recipes, root), watcher, device, as_json)
+        listed = [one for one in sweep_table.outcomes(read, recipes, root) if one.trial.name in chosen]
+        show_trials(read, listed, watcher, device, as_json)
         return
     ended: dict[str, str] = {}
     if not only_table:
-        ended = run_trials(read, recipes, root, watcher, jobs, max_time, device)
+        ended = run_trials(read, recipes, chosen, root, watcher, jobs, max_time, device)
     found = sweep_table.outcomes(read, recipes, root)
     result = report(read, found, root, watcher)
     if as_json:
@@ -69,21 +75,28 @@ def sweep(
 
 
 def run_trials(
-    read: Sweep, recipes: dict[str, Recipe], root: Path, watcher: Screen, limit: int | None, max_time: float | None, device: str
+    read: Sweep,
+    recipes: dict[str, Recipe],
+    chosen: set[str],
+    root: Path,
+    watcher: Screen,
+    limit: int | None,
+    max_time: float | None,
+    device: str,
 ) -> dict[str, str]:
     """{trial: how it ended} of those that were run now; finished and diverged ones are left alone."""
     from siv_core import catalogue, files, session, sweep_jobs, sweep_table
     from siv_core.rundir import RunDir
 
     begun, watcher.line_seconds = time.monotonic(), LINE_SECONDS
-    chosen = session.pick_device(device)
+    on_cpu = session.pick_device(device).type == "cpu"
     steps = sweep_jobs.prepare(read, recipes, catalogue.load(), watcher)
     files.make_folder(root)
     with RunDir(root).locked():
         files.write_bytes(root / "sweep.toml", read.source)
-        states = {one.trial.name: one.state for one in sweep_table.outcomes(read, recipes, root)}
+        states = {one.trial.name: one.state for one in sweep_table.outcomes(read, recipes, root) if one.trial.name in chosen}
         todo = [name for name, state in states.items() if state not in ("finished", "diverged")]
-        limit = limit or (sweep_jobs.cores() if chosen.type == "cpu" else 1)
+        limit = limit or (sweep_jobs.cores() if on_cpu else 1)
         crew = sweep_jobs.Crew(watcher, limit)
         counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
         watcher.say(

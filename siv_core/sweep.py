@@ -7,6 +7,7 @@ changes is written as `siv run --set` takes it, so that its run directory tells 
 from __future__ import annotations
 
 import copy
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -303,6 +304,15 @@ def _plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_plain, value))
     return isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def chosen(sweep: Sweep, patterns: Sequence[str]) -> set[str]:
+    """Names of the trials that fit a shell pattern of `patterns`; without patterns all of them."""
+    names = [trial.name for trial in sweep.trials]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"--only {pattern}: no trial has such a name{near_miss(pattern, names)}; `--dry-run` lists them")
+    return {name for pattern in patterns or ("*",) for name in fnmatch.filter(names, pattern)}
 
 
 # -- names and values as text ----------------------------------------------------------------------------------------------------

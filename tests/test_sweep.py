@@ -122,7 +122,7 @@ def test_rows_are_labels_and_grid_keys_unless_told(read):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
-    numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2}
+    numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2, "variants": 12}
     made = sweep.load(path)
     assert len(sweep.resolve(made, catalogue, cpu_only=False)) == len(made.trials) == numbers[path.stem]
 
@@ -176,6 +176,14 @@ def test_what_is_wrong_is_told_at_once(read, text):
     assert len(found) == len(WRONG[text]), found
     for words in WRONG[text]:
         assert any(words in line for line in found), (words, found)
+
+
+def test_some_trials_alone(read):
+    made = read(HEAD + "seeds = [0, 1]\n[grid]\ntrain.batch = [1, 2]")
+    assert sweep.chosen(made, []) == {trial.name for trial in made.trials}
+    assert sweep.chosen(made, ["*_seed=1", "batch=1_seed=0"]) == {"batch=1_seed=0", "batch=1_seed=1", "batch=2_seed=1"}
+    with pytest.raises(UserError, match=r"--only batch=1_seed=2: no trial has such a name; did you mean 'batch=1_.*--dry-run"):
+        sweep.chosen(made, ["batch=1_seed=2"])
 
 
 def test_a_recipe_is_no_sweep(tmp_path):
@@ -461,13 +469,15 @@ FOUR = HEAD + 'seeds = [0, 1]\n[[trials]]\nlabel = "VAE"\nobjective = { name = "
 
 
 def test_a_sweep_from_the_command_line(tmp_path, tiny, siv):
-    """A trial is an ordinary run, and the table has what it measured."""
-    (tmp_path / "real.toml").write_text(REAL)
-    done = siv("sweep", "real.toml", "--device", "cpu", "--json", seconds=200)
+    """A trial is an ordinary run, and the table has what it measured; a trial that was not asked for is missing in it."""
+    (tmp_path / "real.toml").write_text(REAL.replace("[0]", "[0, 1]"))
+    done = siv("sweep", "real.toml", "--only", "*=0", "--device", "cpu", "--json", seconds=200)
     assert done.returncode == 0, done.stderr
     result, run = json.loads(done.stdout), RunDir(tmp_path / "runs/real/seed=0")
     assert run.state() == "finished"
     assert run.manifest()["threads"] == 1
+    assert not (tmp_path / "runs/real/seed=1").exists()
+    assert result["rows"][0]["note"] == "seed 1 missing"
     lines = {f"{line['metric']}.{line['name']}": line["value"] for line in run.read("metrics")}
     assert {name: cell["mean"] for name, cell in result["rows"][0]["cells"].items()} == lines
     for name in ("table.md", "table.csv", "table.json", "samples.png", "sweep.toml", "logs/seed=0.txt"):
