@@ -157,19 +157,12 @@ def _read(tree: dict[str, Any], path: Path, source: bytes, sets: tuple[str, ...]
 def _options(tree: dict[str, Any], problems: list[str]) -> SweepOptions:
     """What the file says; where a key of it is wrong, the others go on with the defaults, so that all is told at once."""
     tables: dict[str, Any] = {}
-    for key, words in (
-        ("grid", "a table"),
-        ("table", "a table"),
-        ("trials", "a list of tables"),
-        ("pictures", "a list of tables"),
-    ):
-        value = tree.get(key, {} if words == "a table" else [])
-        fits = isinstance(value, dict) if words == "a table" else isinstance(value, list)
-        fits = fits and (isinstance(value, dict) or all(isinstance(one, dict) for one in value))
-        if fits:
+    for key, kind in (("grid", dict), ("table", dict), ("trials", list), ("pictures", list)):
+        value = tree.get(key, kind())
+        if isinstance(value, kind) and (kind is dict or all(isinstance(one, dict) for one in value)):
             tables[key] = value
         else:
-            problems.append(f"{key}: expected {words}, got {value!r}")
+            problems.append(f"{key}: expected {'a table' if kind is dict else 'a list of tables'}, got {value!r}")
     found: list[str] = []
     known = {key: value for key, value in tree.items() if key not in ("grid", "table", "trials", "pictures")}
     options = structure(SweepOptions, known, "", found)
