@@ -16,7 +16,7 @@ from attrs import define, field
 from torch import Tensor
 
 from siv_core import checkpoint, memory
-from siv_core.build import Built
+from siv_core.build import Built, check_forward
 from siv_core.convert import Length
 from siv_core.errors import Diverged, Stopped, UserError
 from siv_core.feed import Feed, blend
@@ -220,6 +220,7 @@ class Trainer:
             sources=sources(self.built.networks.groups, self.built.priors, self.built.networks.decoder),
         )
         set_stage(modules.values(), Stage(number, shape, active.fade))
+        check_forward(self.built, modules, shape, self.device)
         return active
 
     def start_priors(self) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from siv_core import catalogue as catalogues
-from siv_core import evaluate, session
+from siv_core import evaluate, inspect, recipe, session
 from siv_core.cli import cli
 from siv_core.console import Screen
 from siv_core.errors import PluginError, UserError
@@ -33,13 +33,16 @@ class Encoder(torch.nn.Linear):
     def forward(self, x, labels=None):
         if self.where == "forward":
             raise RuntimeError("the encoder is tired")
-        return {"z": Gaussian(*super().forward(x.flatten(1)).chunk(2, dim=1))}
+        q = super().forward(x.flatten(1)).chunk(2, dim=1)
+        forms = {"pair": q, "group": {"y": Gaussian(*q)}, "mu": {"z": q[0]}, "narrow": {"z": Gaussian(q[0][:, :1], q[1])}}
+        return forms.get(self.where, {"z": Gaussian(*q)})
 
 class Decoder(torch.nn.Linear):
     def forward(self, codes, labels=None, noise=None):
         if self.where == "torch":
             return torch.cat([codes["z"], codes["z"][:, :1, None]])  # torch itself refuses
-        return super().forward(codes["z"]).unflatten(1, (1, 8, 8))
+        y = super().forward(codes["z"]).unflatten(1, (1, 8, 8))
+        return {"half": y[..., :4], "sum": y.sum(), "none": None}.get(self.where, y)
 
 def build_network(config, spec):
     if config.where == "build":
@@ -151,6 +154,27 @@ def test_an_exception_while_building_names_the_component_too(installed, tmp_path
     assert str(error) == f"{OWNER}: ZeroDivisionError: division by zero; while building network 'tired' {where}"
     error, _ = fails(tmp_path, "network.where=nothing")
     assert str(error) == f"{OWNER}: network 'tired' built a NoneType, which has no encoder, decoder, groups, translate"
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("pair", "the encoder gives ([N, 2], [N, 2]), expected {group: Gaussian(mu, logvar)} of z"),
+        ("group", "the encoder gives groups y, expected {group: Gaussian(mu, logvar)} of z"),
+        ("mu", "the encoder gives [N, 2] for group 'z', expected mu and logvar, both [N, 2]"),
+        ("narrow", "the encoder gives ([N, 1], [N, 2]) for group 'z', expected mu and logvar, both [N, 2]"),
+        ("half", "the decoder gives [N, 1, 8, 4], expected [N, 1, 8, 8], as data are"),
+        ("sum", "the decoder gives a tensor of shape [], expected [N, 1, 8, 8], as data are"),
+        ("none", "the decoder gives a NoneType, expected [N, 1, 8, 8], as data are"),
+    ],
+)
+def test_what_networks_give_is_looked_at_before_the_first_step(installed, tmp_path, where, told):
+    error, _ = fails(tmp_path, f"network.where={where}")
+    assert str(error) == f"{OWNER}: network 'tired': {told}"
+    read = recipe.load(tmp_path / "recipe.toml", catalogues.load(), (), [f"network.where={where}"])
+    with pytest.raises(PluginError) as raised:
+        inspect.check(read, catalogues.load())
+    assert str(raised.value) == str(error)
 
 
 def test_a_bug_of_siv_itself_is_no_plugins(installed):

@@ -240,7 +240,8 @@ class GrowingDecoder(nn.Module):
     def forward(self, codes: dict[str, torch.Tensor], labels: Any = None, noise: Any = None) -> torch.Tensor:
         x = self.linear(codes["z"]).sigmoid().unflatten(1, (1, 4, 4))
         if self.stage.shape[1] == 8:
-            self.fades.append(self.stage.fade.item())
+            if self.training:
+                self.fades.append(self.stage.fade.item())
             x = F.interpolate(x, scale_factor=2.0)
             x = x + self.stage.fade * self.refine(x)
         else:
