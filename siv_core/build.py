@@ -207,9 +207,9 @@ def check_forward(built: Built, modules: Mapping[str, nn.Module], shape: Sequenc
 def form(x: Any) -> str:
     """What a network gave, in words; rows are N."""
     if isinstance(x, Tensor):
-        return (
-            f"[{', '.join(['N', *map(str, x.shape[1:])])}]" if x.dim() and len(x) == 2 else f"a tensor of shape {list(x.shape)}"
-        )
+        if not x.dim() or len(x) != 2:
+            return f"a tensor of shape {list(x.shape)}"
+        return f"[{', '.join(['N', *map(str, x.shape[1:])])}]"
     if isinstance(x, Mapping):
         return f"groups {', '.join(map(str, x)) or 'none'}"
     return f"({', '.join(map(form, x))})" if isinstance(x, tuple) else f"a {type(x).__name__}"

@@ -44,7 +44,7 @@ def keep_what_is_freed() -> None:
     """From here on this process gives no freed memory back to the system, where glibc serves it; its peak stays what it was.
 
     A step on the CPU frees all that it allocates. glibc hands large blocks back, and the next step gets new pages, each at
-    a page fault: a twentieth of a step of the 2-D recipes, a fifth of one of the cars' cpu profile.
+    a page fault: thousands a step.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

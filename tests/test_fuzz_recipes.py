@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tomllib
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -33,6 +34,7 @@ from siv_core.recipe import Init, Optim, Recipe, ShadowOptions, StageOptions, Tr
 COUNT = int(os.environ.get("SIV_CAMPAIGN_RECIPES", "300"))
 KNOWN = catalogues.load()
 SHIPPED = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))}
+SEEN: Counter[str] = Counter()  # what the examples of a test came to
 GROUPS = st.sampled_from(["z", "class", "content", "clas", "all", ""])
 
 
@@ -57,6 +59,18 @@ def folder(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def both_ways(capsys):
+    """A loader that took everything, or nothing, would pass every example: each test must have seen recipes and problems."""
+    SEEN.clear()
+    yield
+    if sum(SEEN.values()) >= 30:
+        assert SEEN["recipe"] > 0, SEEN
+        assert SEEN["told"] > 0, SEEN
+    with capsys.disabled():
+        print(f" {dict(SEEN)}", end=" ")
+
+
 # -- what must hold --------------------------------------------------------------------------------------------------------------
 
 
@@ -67,9 +81,11 @@ def read(source: bytes, profiles: tuple[str, ...] = (), sets: tuple[str, ...] = 
         recipe = load(Path("some.toml"), KNOWN, profiles, sets)
     except UserError as error:
         check_problems(error.problems)
+        SEEN["told"] += 1
         return None
     finally:
         assert os.listdir() == ["some.toml"]
+    SEEN["recipe"] += 1
     resolved = recipe.resolved()
     assert json.loads(json.dumps(resolved, allow_nan=False)) == resolved
     assert parse(again(resolved), Path("some.toml"), source, KNOWN, (), (), False).resolved() == resolved
@@ -121,6 +137,7 @@ def siv(*arguments: str) -> int:
         assert err.getvalue().startswith(("error: ", "Usage: "))
         assert "Traceback" not in err.getvalue()
     assert os.listdir() in ([], ["some.toml"])
+    SEEN["told" if code else "recipe"] += 1
     return code
 
 
