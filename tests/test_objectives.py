@@ -226,7 +226,8 @@ FORMS = {
     "introvae": (("rec", "fake"), False, 1.0, "beta_neg"),
     "hhb072": (("rec", "fake"), True, 0.5, "beta_kl"),
 }
-MARGINS = {"one": 2.1, "two": {"class": 1.3, "content": 0.9}}
+# between the KLs of the samples and above their mean: the hinge of each sample and of the batch differ, and neither is silent
+MARGINS = {"one": 0.334, "two": {"class": 0.07, "content": 0.186}}
 
 
 @pytest.mark.parametrize("groups", ["one", "two"])
@@ -247,15 +248,16 @@ def test_intro_vae_is_each_published_form(preset, groups):
     z = naive_sample(q, noise["posterior"])
     x = {"rec": s.naive_D(z), "fake": s.naive_D(noise["prior"])}
     naive_e = b["beta_rec"] * squared(s.x, x["rec"]).mean() + sum(b["beta_kl"][g] * k.mean() for g, k in naive_kl(q).items())
-    met = []
+    beyond = []
     for name in fakes:
         for g, k in naive_kl(s.naive_E(x[name].detach())).items():
             if batch_mean:
                 naive_e = naive_e + factor * b["beta_neg"][g] * torch.relu(m[g] - k.mean())
             else:
                 naive_e = naive_e + factor * b["beta_neg"][g] * sum(max(m[g] - k[i], k[i] * 0) for i in range(N)) / N
-            met += (k < m[g]).tolist()
-    assert True in met, "a margin that nobody misses tests nothing"
+            assert k.mean() < m[g], "a margin that is met tests nothing"
+            beyond.append(k.max() > m[g])
+    assert any(beyond), "a margin above all samples: the hinges of each and of the batch are the same"
     naive_e = 0.9 * naive_e
     agree(loss_e, naive_e)
     agree(list(grads_e["encoder"]), list(torch.autograd.grad(naive_e, list(s.naive_E.parameters()))))
