@@ -312,6 +312,15 @@ def test_limits_are_what_the_formulas_say():
     torch.testing.assert_close(alone, rec, rtol=1e-10, atol=1e-12)
 
 
+def test_gamma_r_as_published_moves_the_gradient_by_less_than_float32_resolves():
+    s = setting(GROUPS["one"])
+    without, published = (
+        gradients_of(build_soft_intro_vae(SoftIntroVAEConfig(**BETAS["one"], gamma_r=g), SPEC, s.groups), s)[1]
+        for g in (0.0, 1e-8)
+    )
+    assert 0 < (published - without).norm() / without.norm() < torch.finfo(torch.float32).eps / 2
+
+
 # -- the bootstrap form ----------------------------------------------------------------------------------------------------------
 
 
