@@ -71,7 +71,8 @@ def sweep(
     result = report(read, found, root, watcher)
     if as_json:
         print_json(result)
-    fail([ended.get(one.trial.name, "diverged" if one.state == "diverged" else "") for one in found] if not only_table else [])
+    asked = [one for one in found if one.trial.name in chosen and not only_table]
+    fail([ended.get(one.trial.name, "diverged" if one.state == "diverged" else "") for one in asked])
 
 
 def run_trials(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -27,18 +25,19 @@ from siv_core.component import option
 from siv_core.convert import structure
 from siv_core.errors import UserError, near_miss
 from siv_core.recipe import Recipe
+from siv_core.sweep_names import folder_name, last, short_names, shown, toml
 
 FORMAT = 1
-LONGEST_NAME = 120  # letters of a trial's folder; file systems take 255 bytes
 OWN = ("label", "recipe", "profiles", "grid")  # what an entry of [[trials]] has beside the tables it overrides
 SEED = "train.seed"
+TAKEN = ("lock", "logs", "sweep.toml", "table.csv", "table.json", "table.md")  # siv's own names in a sweep's folder
 
 
 @frozen
 class TableOptions:
     """`[table]`."""
 
-    metrics: tuple[str, ...] = option((), doc='values to show, such as "density2d.kl_official"; none: all')
+    metrics: tuple[str, ...] = option((), doc='values to show, such as "density2d.official.kl"; none: all')
     group_by: tuple[str, ...] = option((), doc='what makes a row: "label", "recipe", keys that vary; none: label and grid keys')
 
 
@@ -88,8 +87,13 @@ class Trial:
 
     def value(self, key: str) -> Any:
         """Of a dotted key, `label` or `recipe`; None where this trial does not set it."""
-        own = {"label": self.label, "recipe": self.recipe.stem, **self.overrides, **self.varied}
+        seed = {} if self.seed is None else {SEED: self.seed}
+        own = {"label": self.label, "recipe": self.recipe.stem, **self.overrides, **self.varied, **seed}
         return own.get(key)
+
+    def given(self) -> tuple[str, ...]:
+        """Dotted keys that the sweep sets in it."""
+        return (*self.overrides, *self.varied, *([] if self.seed is None else [SEED]))
 
     def title(self) -> str:
         """Label and grid values, as a person reads them."""
@@ -140,7 +144,11 @@ def _read(tree: dict[str, Any], path: Path, source: bytes, sets: tuple[str, ...]
     trials = _trials(options, path, sets, problems)
     if problems:
         return None
-    known = {"label", "recipe", *(key for trial in trials for key in (*trial.varied, *trial.overrides))}
+    own = list(dict.fromkeys(key for trial in trials for key in trial.given()))
+    for text in sets:
+        taken = [key for key in own if overlap(key, re.sub(r"[\s\"']", "", text.partition("=")[0]))]
+        problems += [f"--set {text}: the sweep itself sets {key}, and its names and table would not be true" for key in taken]
+    known = {"label", "recipe", *own}
     grid = dict.fromkeys(key for trial in trials for key in trial.varied)
     group_by = table.group_by or (*(["label"] if options.trials else []), *grid)
     asked = [("table.group_by", key) for key in table.group_by]
@@ -206,6 +214,8 @@ def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: 
     problems += [f"trials: '{one}' is the label of two" for one in dict.fromkeys(labels) if one and labels.count(one) > 1]
     folders: dict[str, Trial] = {}
     for trial in made:
+        if trial.name.casefold() in TAKEN:
+            problems.append(f"trial '{trial.title()}': {trial.name} in a sweep's folder is siv's own: rename it")
         other = folders.setdefault(trial.name.casefold(), trial)  # some file systems do not tell letters' case
         same = (other.label, other.varied) == (trial.label, trial.varied)  # then its label or its seed is there twice
         if not same and labels.count(trial.label) < 2:
@@ -241,8 +251,9 @@ def _of_table(
     changed = {key: value for key, value in table.items() if key not in OWN}
     overrides = dict(_leaves(changed))
     given = set(overrides) | ({SEED} if options.seeds else set())
-    problems += [f"{where + ': ' if where else ''}{key} is varied and set: say it in one place" for key in grid if key in given]
-    if options.seeds and SEED in overrides:
+    problems += [f"{where + ': ' if where else ''}{key} is varied and set: say it in one place" for key in grid
+                 if any(overlap(key, other) for other in given)]  # fmt: skip
+    if options.seeds and any(overlap(SEED, key) for key in overrides):
         problems.append(f"{where}: {SEED} is set although the sweep has seeds")
     problems += [f"{where}.{key}: {value!r} is no value a recipe takes" for key, value in overrides.items() if not _plain(value)]
     if len(problems) > before:
@@ -282,6 +293,11 @@ def _grid(table: dict[str, Any], where: str, problems: list[str]) -> dict[str, l
     return found
 
 
+def overlap(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other or holds it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
 def _leaves(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, dict) and value:
@@ -306,49 +322,6 @@ def chosen(sweep: Sweep, patterns: Sequence[str]) -> set[str]:
         if not fnmatch.filter(names, pattern):
             raise UserError(f"--only {pattern}: no trial has such a name{near_miss(pattern, names)}; `--dry-run` lists them")
     return {name for pattern in patterns or ("*",) for name in fnmatch.filter(names, pattern)}
-
-
-# -- names and values as text ----------------------------------------------------------------------------------------------------
-
-
-def toml(value: Any) -> str:
-    """A TOML value on one line."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        keys = {key: key if re.fullmatch(r"[\w-]+", key, re.ASCII) else toml(key) for key in value}
-        return "{" + ", ".join(f"{keys[key]} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
-
-
-def shown(value: Any) -> str:
-    """A value as a person writes it, without quotes; a component by its name."""
-    if isinstance(value, dict):
-        rest = [f"{key} {shown(item)}" for key, item in value.items() if key != "name"]
-        return " ".join(filter(None, [str(value.get("name", "")), *rest]))
-    if isinstance(value, (list, tuple)):
-        return "-".join(map(shown, value))
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last word of each dotted key, or the whole key where two end alike."""
-    ends = [last(key) for key in keys]
-    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
-
-
-def folder_name(text: str) -> str:
-    """Safe on any file system and in a shell: other letters become `-`, and a long name ends in a digest."""
-    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "-", text).strip("-.") or "trial"
-    if len(safe) <= LONGEST_NAME:
-        return safe
-    return f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 # -- checking --------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,15 @@ import numpy as np
 
 from siv_core import files
 from siv_core.errors import UserError
-from siv_core.sweep import PictureOptions, Sweep, last, shown
+from siv_core.sweep import PictureOptions, Sweep
+from siv_core.sweep_names import last, shown
 from siv_core.sweep_table import Outcome, average, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL_WIDTH, PANEL_HEIGHT = 5.2, 3.8  # inches of a panel with axes
-CELL = 2.6  # of a picture among others
+CELL = 4.5  # of a picture among others
 TICKS = 12  # so many values of x are ticked one by one
 
 
@@ -56,6 +58,8 @@ def _figure(columns: int, width: float, heights: Sequence[float]) -> tuple[Figur
 def line(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
     """A panel a metric: mean over seeds with its standard deviation, a line for each set of trials, level lines for others."""
     lines, levels = series(options, found)
+    places = filter(None, (place_of(one, options) for one in found))
+    planned = Counter((label, str(x)) for label, x in places)
     for metric in options.y:
         if not any(values.get(metric) for points in lines.values() for values in points.values()):
             raise UserError(f"no finished trial has both {options.x} and a value of {metric}")
@@ -65,12 +69,18 @@ def line(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
             averages = {x: average(values[metric]) for x, values in points.items() if values.get(metric)}
             means, sds = _columns(averages.values())
             axes.errorbar(list(averages), means, sds, marker="o", markersize=4, capsize=3, linewidth=1.5, label=label)
+            for x, one in averages.items():
+                if one["n"] < planned[label, str(x)]:  # the mean of those that did not diverge must not pass for one of all
+                    words = f"{one['n']} of {planned[label, str(x)]}"
+                    axes.annotate(words, (x, one["mean"]), (3, 4), textcoords="offset points", fontsize=7)
         for i, (label, values) in enumerate(levels.items()):
             if values.get(metric):
                 (mean,), (sd,) = _columns([average(values[metric])])
                 colour = f"C{len(lines) + i}"
                 axes.axhline(mean, color=colour, linestyle="--", linewidth=1.5, label=label)
                 axes.axhspan(mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+            else:
+                axes.plot([], [], color=f"C{len(lines) + i}", linestyle="--", label=f"{label} (no value yet)")
         ticks = {x for points in lines.values() for x in points}
         if len(ticks) <= TICKS and all(isinstance(x, (int, float)) for x in ticks):
             axes.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
@@ -89,15 +99,13 @@ def series(options: PictureOptions, found: Sequence[Outcome]) -> tuple[dict[str,
     lines: dict[str, dict[Any, Values]] = {}
     levels: dict[str, Values] = {}
     for one in found:
-        trial, x = one.trial, one.trial.value(options.x)
-        if trial.label in options.constant:
-            target = levels.setdefault(trial.label, {})
-        elif x is None:
+        place = place_of(one, options)
+        if one.trial.label in options.constant:
+            target = levels.setdefault(one.trial.label, {})
+        elif place is None:
             continue
         else:
-            others = [f"{last(key)} {shown(value)}" for key, value in trial.varied.items() if key != options.x]
-            at = x if isinstance(x, (int, float)) and not isinstance(x, bool) else shown(x)
-            target = lines.setdefault(", ".join(filter(None, [trial.label, *others])), {}).setdefault(at, {})
+            target = lines.setdefault(place[0], {}).setdefault(place[1], {})
         for metric in options.y:
             value = one.values.get(metric, {}).get("value")
             if value is not None:
@@ -105,6 +113,16 @@ def series(options: PictureOptions, found: Sequence[Outcome]) -> tuple[dict[str,
     lines = {label: {x: values for x, values in points.items() if values} for label, points in lines.items()}
     ordered = {label: _sorted(points) for label, points in lines.items() if points}
     return ordered, levels
+
+
+def place_of(one: Outcome, options: PictureOptions) -> tuple[str, Any] | None:
+    """Label of its line and its x; None for a level line and where x is not set."""
+    trial, x = one.trial, one.trial.value(options.x)
+    if trial.label in options.constant or x is None:
+        return None
+    others = [f"{last(key)} {shown(value)}" for key, value in trial.varied.items() if key != options.x]
+    at = x if isinstance(x, (int, float)) and not isinstance(x, bool) else shown(x)
+    return ", ".join(filter(None, [trial.label, *others])), at
 
 
 def _sorted(points: dict[Any, Values]) -> dict[Any, Values]:
@@ -121,35 +139,39 @@ def _columns(averages: Any) -> tuple[list[float], list[float]]:
 
 
 def samples(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
-    """Pictures of finished runs beside each other; of several seeds the first that is finished."""
-    chosen: dict[str, Outcome] = {}
+    """The trials' pictures in their order, of several seeds the first that is finished; a trial without one keeps its place."""
+    from PIL import Image
+
+    places: dict[str, Outcome] = {}
     for one in found:
-        if one.state == "finished":
-            chosen.setdefault(one.trial.title(), one)
-    shown_ones = list(chosen.values())
-    lacking = [one.run.images / name for one in shown_ones for name in options.images if not (one.run.images / name).exists()]
-    if not shown_ones:
+        title = one.trial.title()
+        if title not in places or (one.state == "finished" and places[title].state != "finished"):
+            places[title] = one
+    shown_ones = list(places.values())
+    finished = [one for one in shown_ones if one.state == "finished"]
+    lacking = [one.run.images / name for one in finished for name in options.images if not (one.run.images / name).exists()]
+    if not finished:
         raise UserError("no finished trial yet")
     if lacking:
         raise UserError(f"{lacking[0]}: is not there{f', nor are {len(lacking) - 1} others' if lacking[1:] else ''}")
-    from PIL import Image
 
-    columns = min(options.columns or len(shown_ones), len(shown_ones))
-    blocks = [shown_ones[i : i + columns] for i in range(0, len(shown_ones), columns)]
+    columns, rows = min(options.columns or len(shown_ones), len(shown_ones)), len(options.images)
     pictures = {(one.trial.name, name): np.asarray(Image.open(one.run.images / name).convert("RGB"))
-                for one in shown_ones for name in options.images}  # fmt: skip
-    shapes = {name: pictures[shown_ones[0].trial.name, name].shape for name in options.images}
-    heights = [CELL * shapes[name][0] / shapes[name][1] + (0.3 if i == 0 else 0.1) for i, name in enumerate(options.images)]
-    figure, panels = _figure(columns, CELL, heights * len(blocks))
+                for one in finished for name in options.images}  # fmt: skip
+    shapes = [pictures[finished[0].trial.name, name].shape for name in options.images]
+    heights = [CELL * shape[0] / shape[1] + (0.3 if r == 0 else 0.1) for r, shape in enumerate(shapes)]
+    figure, panels = _figure(columns, CELL, heights * -(-len(shown_ones) // columns))
     for axes in panels.flat:
         axes.set_axis_off()
-    for b, block in enumerate(blocks):
+    for place, one in enumerate(shown_ones):
         for r, name in enumerate(options.images):
-            for c, one in enumerate(block):
-                axes = panels[b * len(options.images) + r, c]
+            axes = panels[place // columns * rows + r, place % columns]
+            if one.state == "finished":
                 axes.imshow(pictures[one.trial.name, name], interpolation="lanczos")
-                if r == 0:
-                    axes.set_title(title_of(one), fontsize=9)
+            else:
+                axes.text(0.5, 0.5, "not run" if one.state == "missing" else one.state, ha="center", color="grey")
+            if r == 0:
+                axes.set_title(title_of(one) if one.state == "finished" else one.trial.title(), fontsize=9)
     return figure
 
 

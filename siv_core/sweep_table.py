@@ -19,7 +19,8 @@ from siv_core import files
 from siv_core.errors import UserError, near_miss
 from siv_core.recipe import Recipe, differences
 from siv_core.rundir import RunDir
-from siv_core.sweep import Sweep, Trial, for_each, short_names, shown
+from siv_core.sweep import Sweep, Trial, for_each
+from siv_core.sweep_names import short_names, shown
 
 SAME_TO_BE_DONE = ("stages", "metrics")  # of what may change between a run and its continuation, what calls for more work
 
@@ -30,7 +31,7 @@ class Outcome:
 
     trial: Trial
     run: RunDir
-    state: str  # missing, running, stopped, diverged, failed, finished; "changed": finished before it was made longer
+    state: str  # missing, running, stopped, diverged, failed, finished; "changed": finished as what the recipe no longer is
     step: int
     values: dict[str, dict[str, Any]]  # "metric.name" -> {"value": …} or {"skipped": …}, and "protocol"; of finished ones
     wall_seconds: float  # of training, over all its starts
@@ -47,7 +48,7 @@ def outcome(trial: Trial, read: Recipe, run: RunDir) -> Outcome:
     before, now = run.resolved(), read.resolved()
     if state in ("running", "new"):
         state = "running" if busy(run) else "stopped"  # the word of a process that was killed
-    if state == "finished" and any(before[key] != now[key] for key in SAME_TO_BE_DONE):
+    if state == "finished" and (any(before[key] != now[key] for key in SAME_TO_BE_DONE) or differences(before, now)):
         state = "changed"
     values = measured(run.read("metrics")) if state == "finished" else {}
     return Outcome(trial, run, state, status.get("step", 0), values, wall_seconds(run.read("stats")))
@@ -230,7 +231,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
 
     text = [escaped(head), f"|{'---|' * len(head)}", *map(escaped, lines)]
-    about = f"Mean ± sample standard deviation over seeds; `siv sweep`, siv {result['siv']}, {result['time']}."
+    about = f"Mean ± sample standard deviation of a row's trials; `siv sweep`, siv {result['siv']}, {result['time']}."
     return "\n".join([f"# {result['sweep']}", "", *text, "", about, *(f"- {line}" for line in result["notes"])]) + "\n"
 
 

@@ -40,7 +40,7 @@ def naive_step(networks, optimisers, x, noise, b, scale, r, bound):
 
     def E(x):  # noqa: N802
         q = networks.encoder(x)
-        return {g: q[g]._replace(logvar=q[g].logvar.clamp(-bound, bound)) for g in q}
+        return {g: q[g]._replace(logvar=q[g].logvar.clamp(-bound, bound)) for g in q} if bound else q
 
     def kl(q):
         return {g: kl_standard(q[g]) for g in q}

@@ -175,19 +175,21 @@ class Encode(nn.Module):
 
 
 class Decode(nn.Module):
-    def __init__(self, b):
+    """D(z) = a b z, so that D(mu(x)) = a x and ‖x − D(mu(x))‖² = (1 − a)² |x|²."""
+
+    def __init__(self, factor):
         super().__init__()
-        self.b = b
+        self.factor = factor
 
     def forward(self, codes, labels=None, noise=None):
-        return self.b * codes["z"]
+        return self.factor * codes["z"]
 
 
-def linear_model(catalogue, half_range, b, logvar):
+def linear_model(catalogue, half_range, b, logvar, a=1.0):
     prior = catalogue.get("prior", "standard_normal")
     spec = Spec((2,), kind="array", value_range=(-half_range, half_range))
     priors = Priors({"z": build_seeded(prior, prior.config(), 2, spec)})
-    return Model(Encode(b, logvar), Decode(b), priors, spec, {"z": 2}, None, torch.device("cpu"))
+    return Model(Encode(b, logvar), Decode(a * b), priors, spec, {"z": 2}, None, torch.device("cpu"))
 
 
 class GaussianData:
@@ -244,16 +246,31 @@ def test_a_model_that_is_right_reaches_every_floor(catalogue, monkeypatch):
 
 
 def test_gnelbo_of_a_known_energy(catalogue, monkeypatch):
-    """energy = |x|²/(2 b²) + c: sums over the grid by hand."""
+    """energy = |x|² (1/(2 b²) + (1 − a)²) + c: sums over the grid by hand."""
     monkeypatch.setattr(density2d, "GRID", 129)
-    b, logvar = 0.5, -1.0
-    values, _ = taken(catalogue, linear_model(catalogue, 4.0, b, logvar), GaussianData(b, 4.0))
+    a, b, logvar = -0.5, 0.5, -3.0
+    values, _ = taken(catalogue, linear_model(catalogue, 4.0, b, logvar, a), GaussianData(b, 4.0))
     side = np.linspace(-4, 4, 129)
-    c = math.exp(logvar) - 1 - logvar
-    grid = ((side[:, None] ** 2 + side**2) / (2 * b * b) + c).sum()
-    data = 1 + c
+    slope, c = 1 / (2 * b * b) + (1 - a) ** 2, math.exp(logvar) - 1 - logvar
+    grid = (slope * (side[:, None] ** 2 + side**2) + c).sum()
+    data = slope * 2 * b**2 + c
     assert values["official.gnelbo"] == pytest.approx(1e7 * data / (grid + 12_800 * data), rel=0.02)
     assert values["official.gnelbo.constant_energy"] == pytest.approx(1e7 / (129**2 + 12_800))
+
+
+def test_likelihoods_of_a_model_that_reconstructs_badly(catalogue, monkeypatch):
+    """exp(−energy), normalised, is N(0, v I) with 1/(2 v) = 1/(2 b²) + (1 − a)²; the ELBO decodes draws of z, with the betas."""
+    monkeypatch.setattr(density2d, "GRID", 257)
+    a, b, logvar, beta_rec, beta_kl = 0.4, 0.5, 0.0, 0.2, 0.3
+    values, _ = taken(
+        catalogue, linear_model(catalogue, 4.0, b, logvar, a), GaussianData(b, 4.0), beta_rec=beta_rec, beta_kl=beta_kl
+    )
+    v = 1 / (1 / b**2 + 2 * (1 - a) ** 2)
+    assert values["clean.nll"] == pytest.approx(b**2 / v + math.log(2 * math.pi * v), abs=0.06)
+    rec = (1 - a) ** 2 * 2 * b**2 + 2 * a**2 * b**2 * math.exp(logvar)
+    kl = math.exp(logvar) - logvar  # E|mu|² = 2
+    elbo = -beta_rec / beta_kl * rec - kl - math.log(math.pi * beta_kl / beta_rec)
+    assert values["clean.elbo"] == pytest.approx(elbo, abs=0.06)
 
 
 def test_an_overflow_is_a_skipped_value_with_its_reason(catalogue, monkeypatch):

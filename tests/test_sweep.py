@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attrs import evolve
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from siv_core import recipe, sweep, sweep_jobs, sweep_pictures, sweep_table
+from siv_core import recipe, sweep, sweep_jobs, sweep_names, sweep_pictures, sweep_table
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 from siv_core.sweep_table import Outcome
@@ -122,9 +123,40 @@ def test_rows_are_labels_and_grid_keys_unless_told(read):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
-    numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2, "variants": 12}
+    numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2, "variants": 15, "introvae": 20}
     made = sweep.load(path)
-    assert len(sweep.resolve(made, catalogue, cpu_only=False)) == len(made.trials) == numbers[path.stem]
+    found = sweep.resolve(made, catalogue, cpu_only=False)
+    assert len(found) == len(made.trials) == numbers[path.stem]
+    for read in found.values():
+        measured = read.metrics["density2d"].config
+        assert len({plan.objective.config.beta_rec for plan in read.stages} | {measured.beta_rec}) == 1
+        assert len({plan.objective.config.beta_kl for plan in read.stages} | {measured.beta_kl}) == 1
+
+
+TABLE_5 = {  # beta_rec, beta_kl of the VAE; beta_rec, beta_kl, beta_neg, m of IntroVAE
+    "8gaussians": ((0.8, 0.05), (0.3, 0.5, 1.0, 1.0)),
+    "spiral": ((1.0, 0.05), (0.2, 0.5, 0.5, 2.0)),
+    "checkerboard": ((0.8, 0.1), (0.4, 0.2, 0.2, 8.0)),
+    "rings": ((0.8, 0.05), (0.8, 0.5, 0.5, 5.0)),
+}
+
+
+def test_table_2_has_the_values_of_table_5(catalogue):
+    [path] = [path for path in SHIPPED if path.stem == "table2"]
+    found = sweep.resolve(sweep.load(path), catalogue, cpu_only=False)
+    seen = []
+    for read in found.values():
+        vae, intro = TABLE_5[read.data.config.set]
+        plan = read.stages[-1]
+        config = plan.objective.config
+        if plan.objective.name == "vae":
+            assert (config.beta_rec, config.beta_kl) == vae
+        elif plan.objective.name == "intro_vae":
+            assert (config.beta_rec, config.beta_kl, config.beta_neg, config.margin) == intro
+            assert (config.preset, config.hinge, config.fakes, config.scale) == ("table2", "", (), 1.0)
+        assert [plan.optim[""].lr for plan in read.stages][-3:] == [2e-4, 2e-5, 2e-6]
+        seen.append((read.data.config.set, plan.objective.name, read.train.seed))
+    assert len(set(seen)) == 4 * 3 * 5
 
 
 # -- what is wrong with a file ---------------------------------------------------------------------------------------------------
@@ -147,6 +179,10 @@ WRONG = {
     HEAD + '[[trials]]\nlabel = "a"\n[[trials]]\nlabel = "a"': ["trials: 'a' is the label of two"],
     HEAD + '[[trials]]\nlabel = "a b"\n[[trials]]\nlabel = "A,B"': ["trials 'a b' and 'A,B' would share the folder A-B"],
     HEAD + '[grid]\ndata.name = ["a b", "a,b"]': ["trials 'name a b' and 'name a,b' would share the folder name=a-b"],
+    HEAD + '[[trials]]\nlabel = "Logs"': ["trial 'Logs': Logs in a sweep's folder is siv's own: rename it"],
+    HEAD + '[grid]\nobjective = [{name = "vae"}]\n[[trials]]\nlabel = "a"\nobjective.beta_kl = 1.0': [
+        "trials[0]: objective is varied and set"
+    ],
     HEAD + '[[trials]]\nlabel = "a"\nrecipe = 3\nprofiles = "x"': ["trials[0].recipe: expected", "trials[0].profiles: expected"],
     HEAD + '[[trials]]\nlabel = "a"\ntrain.seed = 1979-05-27': ["trials[0].train.seed: datetime.date(1979, 5, 27) is no value"],
     HEAD + '[[trials]]\nlabel = "a"\ntrain.batch = 1\ngrid = {"train.batch" = [1]}': ["trials[0]: train.batch is varied and set"],
@@ -176,6 +212,23 @@ def test_what_is_wrong_is_told_at_once(read, text):
     assert len(found) == len(WRONG[text]), found
     for words in WRONG[text]:
         assert any(words in line for line in found), (words, found)
+
+
+def test_a_setting_from_outside_may_not_undo_what_varies(read):
+    for text, key in (
+        ("train.seed=7", "train.seed"),
+        ("train = {clip_gradient = 3.0}", "train.seed"),
+        ("network={name='mlp'}", "network.hidden"),
+        ("optim.lr=1", "optim.lr"),
+    ):
+        found = problems(lambda text=text: read(PRODUCT, (text,)))
+        assert any(f"--set {text}: the sweep itself sets {key}, and" in line for line in found), found
+    assert read(PRODUCT, ("train.length='3 steps'",)).trials[0].sets[-1] == "train.length='3 steps'"
+
+
+def test_rows_may_be_seeds(read):
+    made = read(HEAD + 'seeds = [4, 5]\n[table]\ngroup_by = ["train.seed"]')
+    assert [one.value("train.seed") for one in made.trials] == [4, 5]
 
 
 def test_some_trials_alone(read):
@@ -244,24 +297,24 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_values_come_back_from_the_command_line(value):
-    assert tomllib.loads(f"value = {sweep.toml(value)}") == {"value": value}
+    assert tomllib.loads(f"value = {sweep_names.toml(value)}") == {"value": value}
 
 
 @given(st.text(max_size=300))
 def test_folder_names_are_safe(text):
-    name = sweep.folder_name(text)
-    assert 0 < len(name) <= sweep.LONGEST_NAME
+    name = sweep_names.folder_name(text)
+    assert 0 < len(name) <= sweep_names.LONGEST_NAME
     assert set(name) <= set(string.ascii_letters + string.digits + "._=+-")
     assert name[0] not in ".-"
 
 
 def test_long_names_stay_apart():
-    assert sweep.folder_name("x" * 200 + "a") != sweep.folder_name("x" * 200 + "b")
+    assert sweep_names.folder_name("x" * 200 + "a") != sweep_names.folder_name("x" * 200 + "b")
 
 
 def test_keys_are_short_where_that_is_clear():
-    assert sweep.short_names(["a.lr", "b.beta"]) == {"a.lr": "lr", "b.beta": "beta"}
-    assert sweep.short_names(["a.lr", "b.lr"]) == {"a.lr": "a.lr", "b.lr": "b.lr"}
+    assert sweep_names.short_names(["a.lr", "b.beta"]) == {"a.lr": "lr", "b.beta": "beta"}
+    assert sweep_names.short_names(["a.lr", "b.lr"]) == {"a.lr": "a.lr", "b.lr": "b.lr"}
 
 
 # -- the table -------------------------------------------------------------------------------------------------------------------
@@ -342,6 +395,18 @@ def test_the_table_is_naive_arithmetic(swept):
     for path in sweep_table.write(result, root):
         assert path.exists()
     assert json.loads((root / "table.json").read_text()) == result
+
+
+def test_a_recipe_edited_while_the_sweep_ran_does_not_enter_the_mean(swept):
+    made, recipes, root = swept
+    for i in range(3):
+        resolved = recipes[f"a_seed={i}"].resolved()
+        if i == 1:
+            resolved["network"] = {**resolved["network"], "z_dim": 33}
+        write_run(RunDir(root / f"a_seed={i}"), resolved, values=[float(i), 0.0])
+    row = sweep_table.table(made, sweep_table.outcomes(made, recipes, root))["rows"][0]
+    assert (row["note"], row["cells"]["latent_probes.m"]["mean"]) == ("seed 1 changed", 1.0)
+    assert [one["value"] for one in row["cells"]["latent_probes.m"]["values"]] == [0.0, 2.0]
 
 
 def test_rows_say_what_is_lacking(swept):
@@ -438,6 +503,28 @@ def test_points_of_a_line_are_sorted_and_keep_their_seeds(swept):
     assert levels == {"a": {"latent_probes.m": [0.0, 1.0, 2.0]}}
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def words_of(figure) -> list[str]:
+    """All that is written into the panels and their legends."""
+    from matplotlib.text import Text
+
+    return [one.get_text() for one in figure.findobj(Text)]
+
+
+def test_a_point_of_fewer_seeds_and_a_level_without_values_say_so(swept):
+    made, _, root = swept
+    lost = ("b_beta_neg=3.0_seed=1", "b_beta_neg=3.0_seed=2")
+    found = [outcome(trial, root, None if trial.label == "a" or trial.name in lost else 1.0) for trial in made.trials]
+    written = words_of(sweep_pictures.line(made.pictures[0], found))
+    assert "1 of 3" in written
+    assert not [text for text in written if text.endswith(" of 3") and text != "1 of 3"]
+    assert "a (no value yet)" in written
+
+
 def test_pictures_are_drawn_or_told(swept):
     made, _, root = swept
     found = [outcome(trial, root, float(i)) for i, trial in enumerate(made.trials)]
@@ -458,6 +545,11 @@ def test_pictures_are_drawn_or_told(swept):
     stats = found[0].run.read("stats")
     assert sweep_pictures.term_of(stats, "kl_real") == sweep_pictures.term_of(stats, "encoder.kl_real") == ([1, 2], [0.5, 1.0])
     assert sweep_pictures.term_of(stats, "decoder.kl_real") == ([], [])
+    whole = pixels(root / "side_by_side.png").shape
+    for state in ("missing", "diverged"):  # a place is kept, and says why it is empty
+        some = [evolve(one, state=state, values={}) if one.trial.label == "a" else one for one in found]
+        assert set(dict(sweep_pictures.draw(made, some, root)).values()) == {""}
+        assert pixels(root / "side_by_side.png").shape == whole
     (found[0].run.images / "samples.png").unlink()
     assert "samples.png: is not there" in dict(sweep_pictures.draw(made, found, root))[root / "side_by_side.png"]
 
