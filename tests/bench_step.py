@@ -1,4 +1,4 @@
-"""siv's step against a naive implementation of the same step, interleaved: `just bench [RECIPE] [--profile P]`.
+"""siv's step against a naive implementation of the same step, interleaved: `just bench [RECIPE] [--profile P] [--threads N]`.
 
 The naive step is written as the published scripts are: requires_grad switched player by player, `backward`, plain Adam, losses
 read back for a NaN test. Timings of a shared machine are noisy; the ratio of medians of interleaved steps is what counts.
@@ -91,7 +91,9 @@ def main() -> None:
     parser.add_argument("--profile", action="append", default=[])
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     ours = trainer(arguments.recipe, arguments.profile, arguments.set)
     theirs = trainer(arguments.recipe, arguments.profile, arguments.set)
     last = len(ours.built.recipe.stages) - 1
