@@ -333,7 +333,7 @@ def test_recipes_have_the_values_of_table_5_and_the_published_schedule(catalogue
         coeffs = built.objective(plan).coeffs
         scale = 1.0 if plan.objective.name == "vae" else 0.5
         assert (coeffs["beta_rec"], coeffs["beta_kl"], coeffs["scale"]) == (beta_rec, {"z": beta_kl}, scale)
-    assert (coeffs["beta_neg"], coeffs["gamma_r"], coeffs["alpha"], coeffs["gamma"]) == ({"z": beta_neg}, 1e-8, 2.0, 1.0)
+    assert (coeffs["beta_neg"], coeffs["gamma_r"], coeffs["alpha"], coeffs["gamma"]) == ({"z": beta_neg}, 0.0, 2.0, 1.0)
     config = read.metrics["density2d"].config
     assert (config.beta_rec, config.beta_kl) == (beta_rec, beta_kl)
     assert build.size_of(built.networks.encoder) == 199_172
