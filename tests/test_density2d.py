@@ -78,7 +78,9 @@ def test_floors_of_the_published_metrics(catalogue, name, kl, jsd):
     drawn = [density(law.draw(5000, torch.Generator().manual_seed(i)), law.half_range) for i in range(40)]
     for divergence, expected, sd in ((official_kl, kl, 0.4 if kl > 1 else 0.19), (official_jsd, jsd, 0.17 if jsd > 1 else 0.07)):
         taken = [divergence(drawn[i], drawn[i + 10]) for i in (*range(10), *range(20, 30))]
-        print(f"\n{name}, {divergence.__name__}: {np.mean(taken):.2f} ± {np.std(taken, ddof=1):.2f} (20 pairs)", end="")  # with -s
+        print(
+            f"\n{name}, {divergence.__name__}: {np.mean(taken):.2f} ± {np.std(taken, ddof=1):.2f} (20 pairs)", end=""
+        )  # with -s
         assert np.mean(taken) == pytest.approx(expected, abs=4 * sd / math.sqrt(20) + 0.005)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -140,6 +141,16 @@ def test_the_rooms_are_the_files():
     named = [name for row in re.findall(r"^\| (`.*?) \|", rooms, re.M) for name in re.findall(r"`(\w+\.py)`", row)]
     there = {path.name for path in (ROOT / "siv_core").glob("*.py")} - {"__init__.py"}
     assert sorted(named) == sorted(there)
+
+
+@pytest.mark.parametrize(("page", "line"), TYPED)
+def test_the_recipes_and_trials_of_a_command_exist(page, line):
+    words = shlex.split(line, comments=True)
+    shipped = [ROOT / word for word in words if word.startswith("recipes/")]
+    assert [path for path in shipped if not path.exists()] == []
+    patterns = [after for word, after in itertools.pairwise(words) if word == "--only"]
+    if patterns and shipped:
+        assert sweep.chosen(sweep.load(shipped[0]), patterns)
 
 
 @pytest.mark.parametrize("page", TEXTS)
