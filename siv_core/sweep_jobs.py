@@ -124,7 +124,7 @@ class Crew:
         Raises `Stopped` at a signal; no child is left over in any case.
         """
         waiting = deque(jobs)
-        self.total = sum(job.steps + 1 for job in jobs)  # one more each for its end, so that the whole ends last
+        self.total = sum(job.steps for job in jobs)
         self.board.at_end = self.kill
         try:
             while waiting or self.working:
@@ -135,7 +135,8 @@ class Crew:
                     self.start(waiting.popleft())
                 inside = sum(step_of(one.job) for one in self.working.values())
                 before = sum(step_of(job) for job in waiting)
-                self.board.progress("steps of all trials", self.done + inside + before, self.total)
+                # the last step is not the end: metrics and pictures come after it
+                self.board.progress("steps of all trials", min(self.done + inside + before, self.total - 1), self.total)
                 for one in self.working.values():
                     self.board.beside(one.job.name, step_of(one.job), one.job.steps)
                 time.sleep(POLL_SECONDS)
@@ -169,7 +170,7 @@ class Crew:
             elif one.process is not None and one.process.poll() is not None:
                 del self.working[name]
                 self.board.over(name)
-                self.done += one.job.steps + 1
+                self.done += one.job.steps
                 self.ended[name] = self.told(one.job, one.process.returncode)
 
     def told(self, job: Job, code: int) -> str:
