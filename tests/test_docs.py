@@ -54,6 +54,7 @@ def test_there_are_files_to_load():
 
 def command_lines(text: str) -> list[str]:
     """Everything that is to be typed: in shell blocks, indented, between backticks, and as the first comment of a recipe."""
+    text = re.sub(r"\\\n *", "", text)  # a command over several lines
     shell = "\n".join(blocks(text, "sh"))
     indented = "\n".join(re.findall(r"^ {4,}(siv .*)$", text, re.M))
     spans = re.findall(r"`(siv [^`\n]+)`", FENCE.sub("", text))
@@ -66,7 +67,7 @@ def first_comment(path: Path) -> str:
 
 
 def is_synopsis(line: str) -> bool:
-    return "[" in line or "|" in line
+    return bool(re.search(r"[\[|]", re.sub("'[^']*'", "", line)))
 
 
 COMMANDS = [(name, line) for name, text in TEXTS.items() for line in command_lines(text)]
