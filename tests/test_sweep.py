@@ -275,6 +275,23 @@ def test_steps_of_trials(read, catalogue):
     assert found == {"a_seed=0": 12, "a_seed=1": 12, "b_seed=0": 66, "b_seed=1": 66}  # 3 × 1,400 / 64, rounded up
 
 
+def test_steps_of_all_trials_are_theirs_and_the_last_waits_for_the_end(tmp_path):
+    """A trial that is at its last step still has metrics and pictures to make."""
+    seen = []
+
+    class Watched(Silent):
+        def progress(self, what: str, done: int, total: int) -> None:
+            seen.append((done, total))
+
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "stats.jsonl").write_text('{"step": 12}\n')
+    job = sweep_jobs.Job("one", ("--help",), run, tmp_path / "log.txt", steps=12)
+    assert sweep_jobs.Crew(Watched(), limit=1).work([job], until=None)
+    assert set(seen[:-1]) == {(11, 12)}
+    assert seen[-1] == (12, 12)
+
+
 class Silent:
     """A board nobody looks at."""
 
