@@ -1,8 +1,8 @@
 """Objective `bootstrap_soft_intro_vae`: Soft-IntroVAE whose fakes are decoded again by a slowly following copy of the decoder.
 
 From the published code (github.com/taldatech/soft-intro-vae-pytorch, soft_intro_vae_bootstrap; no paper describes it). Letters as
-in `siv_core.objectives`; D⁻ is the target, a copy of D made every k epochs. Unlike there, D⁻ begins as D and not at random, and a
-warm-up with the objective `vae` trains D itself. `stop_gradient` concerns the encoder's phase alone.
+in `siv_core.objectives.introspective`; D⁻ is the target, a copy of D made every k epochs. Unlike there, D⁻ begins as D and not at
+random, and a warm-up with the objective `vae` trains D itself. `stop_gradient` concerns the encoder's phase alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 from attrs import evolve, frozen
 from torch import Tensor
 
-from siv_core import Component, Objective, Phase, Shadow, Spec, hookimpl, latents, losses, objectives, option
-from siv_core.objectives import REC, SoftIntroVAEConfig
+from siv_core import Component, Objective, Phase, Shadow, Spec, hookimpl, latents, losses, option
+from siv_core.objectives import introspective, soft_intro_vae
+from siv_core.objectives.introspective import REC
+from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig
 from siv_core.protocols import Batch, Coeffs, Nets, Noise, Terms
 
 TARGET = "target"
@@ -26,40 +28,40 @@ class BootstrapConfig(SoftIntroVAEConfig):
     copy_epochs: int = option(1, doc="k: the target is copied from the decoder at the end of every k-th epoch", ge=1)
 
 
-def bootstrap_decoder_loss(
+def decoder_loss(
     nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, fakes: tuple[str, ...], share_noise: bool
 ) -> tuple[Tensor, Terms, dict[str, Any]]:
-    """D descends: s⟨ B_r r(x, x_r) + γ/F Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, D⁻(z_f)) ) ⟩, z_f ~ E(x_f), nothing detached.
+    """D descends: s⟨ B_r r(x, x_rec) + γ/F Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, D⁻(z_f)) ) ⟩, z_f ~ E(x_f), nothing detached.
 
     The gradient reaches D through the target x_f, and through E and D⁻ as well.
     """
-    x, labels = batch
-    prior = objectives.realise(nets, frozen=True)
-    made = objectives.decoder_phase_fakes(nets, batch, noise, carry, share_noise)
-    rec = nets["reconstruction"](x, made[REC])
+    x, labels = batch  # [N, …], [N]
+    prior = nets.prior(frozen=True)
+    _, made = introspective.decoder_phase_fakes(nets, prior, batch, noise, carry, share_noise=share_noise)
+    rec = nets.reconstruction(x, made[REC])  # [N]
     loss = c["beta_rec"] * rec
     terms: Terms = {"rec_real": rec}
     for name in fakes:
-        x_f, own = made[name], noise["decoder_phase"][name]
-        q_f = nets["encoder"](x_f, labels)
-        kl_f = losses.kl(q_f, prior, own["kl"])
-        x_ff = nets[f"decoder@{TARGET}"](latents.sample(q_f, own["codes"]), labels, own["decoder"])
-        rec_f = nets["reconstruction"](x_f, x_ff)
+        x_f, own = made[name], noise["decoder_phase"][name]  # [N, …]
+        q_f = nets.encoder(x_f, labels)  # {g: mu, logvar [N, d_g]}
+        kl_f = losses.kl(q_f, prior, own["kl"], labels)  # {g: [N]}
+        x_ff = nets.shadows[f"decoder@{TARGET}"](latents.sample(q_f, own["codes"]), labels, own["decoder"])  # [N, …]
+        rec_f = nets.reconstruction(x_f, x_ff)  # [N]
         fake = losses.weighted(kl_f, c["beta_kl"]) + c["gamma_r"] * c["beta_rec"] * rec_f
         loss = loss + c["gamma"] / len(fakes) * fake
-        terms.update({f"rec_{name}": rec_f, **objectives.kl_terms(name, kl_f)})
+        terms.update({f"rec_{name}": rec_f, **losses.kl_terms(name, kl_f)})
     return (c["scale"] * loss).mean(), terms, carry
 
 
 def build(config: BootstrapConfig, spec: Spec, groups: dict[str, int]) -> Objective:
-    base, fakes = objectives.build_soft_intro_vae(config, spec, groups), config.fakes
-    encoder_loss = partial(
-        objectives.soft_encoder_loss, fakes=fakes, stop_gradient=config.stop_gradient, re_decoder=f"decoder@{TARGET}"
+    base, fakes = soft_intro_vae.build_soft_intro_vae(config, spec, groups), config.fakes
+    encoder = partial(
+        soft_intro_vae.encoder_loss, fakes=fakes, stop_gradient=config.stop_gradient, re_decoder=f"decoder@{TARGET}"
     )
-    decoder_loss = partial(bootstrap_decoder_loss, fakes=fakes, share_noise=config.share_noise)
+    decoder = partial(decoder_loss, fakes=fakes, share_noise=config.share_noise)
     return evolve(
         base,
-        phases=(Phase("encoder", ("encoder",), encoder_loss), Phase("decoder", ("decoder",), decoder_loss)),
+        phases=(Phase("encoder", ("encoder",), encoder), Phase("decoder", ("decoder",), decoder)),
         shadows=(Shadow(TARGET, "decoder", copy_every_epochs=config.copy_epochs),),
     )
 

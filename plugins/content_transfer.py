@@ -22,6 +22,7 @@ from torch import Tensor
 from siv_core import feed, files, weights
 from siv_core.component import Component, option
 from siv_core.errors import UserError
+from siv_core.evaluate import labels_of
 from siv_core.hookspecs import hookimpl
 from siv_core.latents import Codes
 from siv_core.model import Model
@@ -185,7 +186,8 @@ class ContentTransfer:
             chosen = zip(self.translate, sources[:, at].to(model.device), strict=True)
             mixed = {group: codes[group][source] for group, source in chosen}
             seed = stream_seed(self.config.seed, "content_transfer", done)  # for a decoder with noise of its own
-            compare("", self._unit(model.decode(mixed, seed=seed)), truth, done)
+            labels = labels_of(rows, sources[0, at], model)  # of a conditional model: those of the class source
+            compare("", self._unit(model.decode(mixed, labels, seed)), truth, done)
             compare(".copy_class", stored(sources[0, at]), truth, done)
             compare(".copy_content", stored(sources[1, at]), truth, done)
         for at in torch.arange(len(rows)).split(self.config.batch):
@@ -229,7 +231,7 @@ class ContentTransfer:
         codes = {group: torch.empty(len(rows), model.groups[group], device=model.device) for group in self.translate}
         for at in torch.arange(len(rows)).split(self.config.batch):
             progress(f"{WHAT}: encoding", int(at[0]), len(rows))
-            q = model.encode(feed.images(rows, at, self.spec, model.device))
+            q = model.encode(feed.images(rows, at, self.spec, model.device), labels_of(rows, at, model))
             for group, kept in codes.items():
                 kept[at] = q[group].mu
         return codes

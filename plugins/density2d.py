@@ -4,12 +4,14 @@
 densities divided by the rows of a histogram, a reversed Jensen-Shannon divergence, a ratio of raw energies. `clean.…` are what
 these names promise: masses, nats, and enough samples. Beside each stands its `floor`: what a perfect sampler, or a perfect
 density, scores. A data set's `law`, where it has one as toy2d's, tells its entropy, its modes and its support.
+
+It also draws such models (samples over data, exp(ELBO) on a grid), for whoever wants a picture of one or of several side by side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,13 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siv_core import latents, plane
+from siv_core import latents
 from siv_core.component import Component, option
 from siv_core.errors import UserError
 from siv_core.feed import images
 from siv_core.hookspecs import hookimpl
 from siv_core.model import Model
+from siv_core.pictures import Picture
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import Streams, normal, stream_seed
 
@@ -34,6 +37,9 @@ DATA_POINTS = 100 * 128  # of the official gnELBO
 PIECE_SAMPLES = 20_000  # that are asked which mode they belong to
 CHUNK = 1 << 15  # points between two signs of life
 SMOOTHING = 0.5  # counts added to every bin (Jeffreys' prior) before the clean KL
+PIXELS = 380  # of a panel
+DRAWN_DATA, DRAWN_GRID = 5000, 300  # points of data, and points a side of the density, in a picture
+DATA_COLOUR, SAMPLE_COLOUR = "#b9b9b9", "#c8371f"
 
 Floats = NDArray[np.float64]
 Values = dict[str, float | str]
@@ -160,12 +166,30 @@ class Density2D:
         sources, law = Sources(draw, model, self.config.seed), getattr(data, "law", None)
         held_out = data.rows("held_out")
         x = images(held_out, torch.arange(len(held_out)), model.spec)
-        grid = self.energies(model, plane.grid((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
+        grid = self.energies(model, square((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
         values = self.gnelbo(model, grid, sources, progress)
         values.update(self.histograms(sources, progress))
         values.update(self.likelihood(model, grid, x, law))
-        values.update(self.divergences(law, sources, progress))
-        return Measurement(values, self.protocol(len(x), law))
+        divergences, binned = self.divergences(law, sources, progress)
+        shown = {"histograms": draw_histograms(binned, self.half_range)}
+        return Measurement({**values, **divergences}, self.protocol(len(x), law), shown)
+
+    def draw(self, models: Mapping[str, Model], data: Dataset | None, seed: int, count: int) -> Picture | None:
+        """`count` samples over held-out data above, densities below, a column for each model; of one model beside each other."""
+        if any(model.spec.conditional for model in models.values()):
+            return None
+        real = None
+        if data:
+            held_out = data.rows("held_out")
+            chosen = torch.randperm(len(held_out), generator=Streams(seed, 0)("show"))[:DRAWN_DATA].sort().values
+            real = images(held_out, chosen, next(iter(models.values())).spec)
+        figure, axes = canvas(*((1, 2) if len(models) == 1 else (2, len(models))))
+        points = square((-self.half_range, self.half_range), DRAWN_GRID)
+        for (title, model), (above, below) in zip(models.items(), axes if len(models) == 1 else axes.T, strict=True):
+            rec, kl = model.energy(points)
+            draw_samples(above, model.sample(count, seed).cpu(), real, self.half_range, title)
+            draw_density(below, (rec + kl).cpu().unflatten(0, (DRAWN_GRID, DRAWN_GRID)), self.half_range)
+        return pixels(figure)
 
     def energies(self, model: Model, points: Tensor, progress: Progress, what: str) -> Tensor:
         """KL + ‖x − D(mu)‖² of points [n, 2]: [n], float64 on the CPU."""
@@ -225,8 +249,8 @@ class Density2D:
         generator = Streams(self.config.seed, 0)(f"{WHAT}.posterior")
         return {group: normal(n, dim, generator).to(model.device) for group, dim in model.groups.items()}
 
-    def divergences(self, law: Any, sources: Sources, progress: Progress) -> Values:
-        """KL, JSD and mode coverage of many samples, and the same of the data against the data."""
+    def divergences(self, law: Any, sources: Sources, progress: Progress) -> tuple[Values, list[Floats]]:
+        """KL, JSD and mode coverage of many samples, and the same of the data against the data; and the counts of both."""
         n, drawn = self.config.clean_samples, []
         for i, source in enumerate((sources.real, sources.real, sources.fake)):
             progress(f"{WHAT}: clean histograms", i, 3)
@@ -237,8 +261,9 @@ class Density2D:
             values[f"clean.kl{suffix}"] = clean_kl(binned[0], other)
             values[f"clean.jsd{suffix}"] = clean_jsd(binned[0], other)
             values[f"clean.outside{suffix}"] = float(other[-1] / other.sum())
+        shown = [binned[0], binned[2]]
         if law is None:
-            return {**values, "clean.modes": "the data set does not tell its modes and its support"}
+            return {**values, "clean.modes": "the data set does not tell its modes and its support"}, shown
         due = piece_counts(law, drawn[0][:PIECE_SAMPLES])[0]
         for suffix, points in ((".floor", drawn[1]), ("", drawn[2])):
             found, off = piece_counts(law, points[:PIECE_SAMPLES])
@@ -247,7 +272,7 @@ class Density2D:
                 kl_nats(found / found.sum(), due / due.sum()) if found.sum() else "no sample is on the support"
             )
             values[f"clean.off_support{suffix}"] = off
-        return values
+        return values, shown
 
     def protocol(self, held_out: int, law: Any) -> dict[str, Any]:
         config = self.config
@@ -295,6 +320,71 @@ def piece_counts(law: Any, points: Tensor) -> tuple[Floats, float]:
     on = law.distance(points) <= law.tolerance
     found = torch.bincount(law.mode_of(points[on]), minlength=law.modes)
     return found.double().numpy(), float((~on).double().mean())
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------------------
+
+
+def square(value_range: tuple[float, float], size: int) -> Tensor:
+    """Points [size², 2] of the square with both ends, x slowest."""
+    side = torch.linspace(*value_range, size)
+    return torch.cartesian_prod(side, side)
+
+
+def canvas(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure of square panels with room for a title, and its axes [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * PIXELS / 100, rows * (PIXELS + 20) / 100), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def pixels(figure: Any) -> Picture:
+    figure.canvas.draw()
+    return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3])
+
+
+def draw_samples(axes: Any, samples: Tensor, data: Tensor | None, half_range: float, title: str = "") -> None:
+    """Samples [n, 2] over data [m, 2]; how many of each, and how many of the samples lie outside, is told."""
+    told = []
+    if data is not None:
+        axes.scatter(*data.double().numpy().T, s=6, color=DATA_COLOUR, linewidths=0)
+        told.append(f"{len(data):,} of data (grey)")
+    axes.scatter(*samples.double().numpy().T, s=1.6, color=SAMPLE_COLOUR, linewidths=0)
+    outside = int((~(samples.abs() <= half_range).all(dim=1)).sum())
+    told.append(f"{len(samples):,} samples" + (f", {outside:,} outside" if outside else ""))
+    axes.set_title("\n".join(filter(None, [title, ", ".join(told)])), fontsize=8)
+    axes.set(xlim=(-half_range, half_range), ylim=(-half_range, half_range), aspect="equal")
+    axes.tick_params(labelsize=7)
+
+
+def draw_density(axes: Any, energy: Tensor, half_range: float) -> None:
+    """exp(−energy [G, G]) on `square`, not normalised: black where it is 0, bright at its largest; the largest is told."""
+    density = np.nan_to_num(torch.exp(-energy.double()).numpy())
+    draw_map(axes, density, half_range, f"exp(ELBO), at most {density.max():.3g}")
+
+
+def draw_map(axes: Any, values: Floats, half_range: float, title: str, cmap: str = "inferno", **limits: float) -> None:
+    """Values [G, G] on [−L, L]², first axis x."""
+    extent = (-half_range, half_range) * 2
+    axes.imshow(values.T, origin="lower", extent=extent, cmap=cmap, interpolation="nearest", **limits)
+    axes.set_title(title, fontsize=8)
+    axes.tick_params(labelsize=7)
+
+
+def draw_histograms(binned: Sequence[Floats], half_range: float) -> Picture:
+    """What the clean divergences are made of: shares of data and of model in one scale, and the model's surplus."""
+    shares = [counted[:-1] / counted.sum() for counted in binned]
+    side, most = math.isqrt(len(shares[0])), max(1e-12, *(float(share.max()) for share in shares))
+    data, model = (share.reshape(side, side) for share in shares)
+    figure, [(left, middle, right)] = canvas(1, 3)
+    draw_map(left, data, half_range, "data", vmin=0.0, vmax=most)
+    draw_map(middle, model, half_range, f"model, {binned[1][-1] / binned[1].sum():.1%} outside", vmin=0.0, vmax=most)
+    surplus = f"model − data, ½ Σ∣·∣ = {0.5 * np.abs(model - data).sum():.3f}"
+    draw_map(right, model - data, half_range, surplus, "RdBu_r", vmin=-most, vmax=most)
+    return pixels(figure)
 
 
 def build(config: Density2DConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:

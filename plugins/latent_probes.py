@@ -17,6 +17,7 @@ from torch import Tensor
 from siv_core import feed
 from siv_core.component import Component, option
 from siv_core.errors import UserError
+from siv_core.evaluate import labels_of
 from siv_core.hookspecs import hookimpl
 from siv_core.latents import Codes
 from siv_core.model import Model
@@ -103,8 +104,7 @@ class LatentProbes:
         codes = {group: torch.empty(len(rows), dim) for group, dim in model.groups.items()}
         for at in torch.arange(len(rows)).split(self.config.batch):
             progress(f"{WHAT}: encoding", int(at[0]), len(rows))
-            labels = rows.labels[rows.at(at)].to(model.device) if model.spec.conditional and rows.labels is not None else None
-            q = model.encode(feed.images(rows, at, self.spec, model.device), labels)
+            q = model.encode(feed.images(rows, at, self.spec, model.device), labels_of(rows, at, model))
             for group, kept in codes.items():
                 kept[at] = q[group].mu.to(kept)
         return codes

@@ -24,7 +24,7 @@ def layers(widths: tuple[int, ...], slope: float) -> nn.Sequential:
     """Linear layers with an activation between, none after the last."""
     parts: list[nn.Module] = []
     for before, after in pairwise(widths):
-        parts += [nn.Linear(before, after), nn.LeakyReLU(slope)]
+        parts += [nn.Linear(before, after), nn.LeakyReLU(slope) if slope else nn.ReLU()]
     return nn.Sequential(*parts[:-1])
 
 

@@ -29,7 +29,7 @@ class StandardNormal(nn.Module):
     def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
 
-    def kl(self, q: Gaussian, noise: Any) -> Tensor:
+    def kl(self, q: Gaussian, noise: Any, labels: Tensor | None = None) -> Tensor:
         return kl_standard(q)
 
     def detach(self) -> StandardNormal:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.latents import kl_standard as kl_standard
     from siv_core.losses import sampled_kl as sampled_kl
     from siv_core.model import Model as Model
+    from siv_core.opened import load as load
     from siv_core.protocols import Batch as Batch
     from siv_core.protocols import Dataset as Dataset
     from siv_core.protocols import Distribution as Distribution
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.protocols import Spec as Spec
     from siv_core.protocols import Stage as Stage
     from siv_core.session import Run as Run
-    from siv_core.session import load as load
+    from siv_core.session import resume as resume
     from siv_core.session import run as run
 
 _HOME = {
@@ -61,7 +62,8 @@ _HOME = {
         "Spec",
         "Stage",
     ),
-    "siv_core.session": ("Run", "load", "run"),
+    "siv_core.opened": ("load",),
+    "siv_core.session": ("Run", "resume", "run"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)  # noqa: PLE0605  (the list is made from the table above)

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from siv_core import evaluate, files, own_pictures, pictures, plane
+from siv_core import evaluate, files, own_pictures, pictures
 from siv_core.errors import UserError, near_miss
 from siv_core.model import Model
-from siv_core.protocols import Dataset
+from siv_core.pictures import Picture
+from siv_core.protocols import Batch, Dataset, Metric
 
 
-def sample(model: Model, folder: Path, count: int, seed: int, data: Dataset | None = None) -> dict[str, Any]:
-    """`count` images of the prior; points of the plane are drawn over `data`, where it is at hand, beside their density."""
+def sample(
+    model: Model,
+    folder: Path,
+    count: int,
+    seed: int,
+    metrics: Mapping[str, Metric] = MappingProxyType({}),
+    data: Dataset | None = None,
+) -> dict[str, Any]:
+    """`count` images of the prior. Of data that is no image the picture is what one of `metrics` draws, over `data` where it is
+    at hand."""
     x = model.sample(count, seed)
-    if plane.is_plane(model.spec):
-        lacking = data.missing() if data else None
-        notes = [f"samples without the data, which is not at hand: {lacking}"] if lacking else []
-        if data and not lacking:
-            data.prepare(lambda what, done, total: None)
-        below = None if lacking else data
-        return _write(folder, "samples", model, {"samples": x}, lambda: evaluate.in_plane({"": model}, below, seed, count), notes)
-    columns = max(1, round(count**0.5))
-    return _write(folder, "samples", model, {"samples": x}, lambda: _grid(model, x, columns), [])
+    notes: list[str] = []
+    if model.spec.kind == "image":
+        columns = max(1, round(count**0.5))
+        return _write(folder, "samples", model, {"samples": x}, lambda: _grid(model, x, columns), notes)
+    lacking = data.missing() if data else None
+    if lacking:
+        notes.append(f"samples without the data, which is not at hand: {lacking}")
+    elif data:
+        data.prepare(lambda what, done, total: None)
+    below = None if lacking else data
+    return _write(
+        folder, "samples", model, {"samples": x}, lambda: evaluate.draw({"": model}, metrics, below, seed, count), notes
+    )
 
 
 def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path], seed: int) -> dict[str, Any]:
@@ -60,23 +74,23 @@ def translate(
 ) -> dict[str, Any]:
     """The matrix of class and content images; held-out ones stand in for what is not given."""
     groups = evaluate.translated_groups(model)
-    sides: list[Tensor] = []
+    sides: list[Batch] = []
     notes: list[str] = []
     held_out = evaluate.held_out_pairs(data, model, count, seed) if len(given) < 2 else ()
     for i, group in enumerate(groups):
         if group in given:
             x, changed = own_pictures.own_images(given[group], model)
             notes += changed
+            sides.append(Batch(x))
         else:
-            x = held_out[i]
-            notes.append(f"{group}: {len(x)} held-out images of the run's data")
-        sides.append(x)
+            sides.append(held_out[i])
+            notes.append(f"{group}: {len(sides[-1].x)} held-out images of the run's data")
     made = evaluate.translation(model, *sides)
-    arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0]), -1))}
+    arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0].x), -1))}
     return _write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)
 
 
-def _grid(model: Model, x: Tensor, columns: int) -> pictures.Picture:
+def _grid(model: Model, x: Tensor, columns: int) -> Picture:
     return pictures.grid(pictures.to_uint8(x, model.spec.value_range), columns)
 
 
@@ -89,7 +103,8 @@ def _write(folder: Path, name: str, model: Model, arrays: Mapping[str, Tensor], 
         stem = f"{name}-{number}"
     written = [folder / f"{stem}.safetensors"]
     files.write_bytes(written[0], save({key: value.detach().cpu().contiguous() for key, value in arrays.items()}))
-    if draw and evaluate.drawable(model.spec):
+    picture = draw() if draw else None
+    if picture is not None:
         written.append(folder / f"{stem}.png")
-        pictures.save_png(written[1], draw())
+        pictures.save_png(written[1], picture)
     return {"files": [str(path) for path in written], "notes": notes, "model": model.name}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from attrs import define
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core import memory
 from siv_core.catalogue import Catalogue, blame, words
 from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.model import Model
-from siv_core.players import Priors, tree_map
+from siv_core.nets import Priors, tree_map
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
 from siv_core.recipe import PLAYERS, Choice, Recipe, StagePlan
 from siv_core.seeding import stream_seed
@@ -46,6 +47,14 @@ class Built:
     def modules(self) -> dict[str, nn.Module]:
         return {"encoder": self.networks.encoder, "decoder": self.networks.decoder, "prior": self.priors}
 
+    def place(self, device: torch.device) -> dict[str, nn.Module]:
+        """The players on the device, in the recipe's memory layout: another one rounds otherwise."""
+        for module in self.modules.values():
+            module.to(device)
+            if self.recipe.train.channels_last:
+                module.to(memory_format=torch.channels_last)
+        return self.modules
+
     def objective(self, plan: StagePlan) -> Objective:
         self.shape(plan)
         built: Objective = self._build(plan.objective, self.spec, self.networks.groups)
@@ -56,16 +65,28 @@ class Built:
         ]
         unknown = {player for phase in built.phases for player in phase.updates} - set(PLAYERS)
         problems += [f"objective {plan.objective.name}: there is no player '{player}'" for player in sorted(unknown)]
-        micro = self.recipe.train.micro_batch
-        if built.batch_statistic and 0 < micro < plan.batch:
-            problems.append(f"train.micro_batch: the loss of {plan.objective.name} is no mean over samples and cannot be cut")
+        if 0 < self.recipe.train.micro_batch < plan.batch:
+            problems += [f"train.micro_batch: {reason}" for reason in self.uncut(plan, built)]
         if problems:
             raise UserError(problems)
         return built
 
+    def uncut(self, plan: StagePlan, objective: Objective) -> list[str]:
+        """Why this stage's batches cannot be cut into pieces."""
+        reasons = []
+        if objective.batch_statistic:
+            reasons.append(f"the loss of {plan.objective.name} is no mean over samples and cannot be cut")
+        if self.networks.batch_statistics:
+            name = " and ".join(choice.name for choice in self.recipe.network)
+            reasons.append(f"network '{name}' takes statistics of the whole batch, as batch norm does: pieces would have others")
+        wanting = [group for group, prior in self.priors.groups.items() if getattr(prior, "batch_statistic", False)]
+        reasons += [f"the prior of group '{group}' takes a mean over the whole batch" for group in wanting]
+        return reasons
+
     def metrics(self) -> dict[str, Metric]:
         built, problems = {}, []
-        for name, choice in self.recipe.metrics.items():
+        for name, metric in self.recipe.metrics.items():
+            choice = metric.choice
             try:
                 built[name] = self._build(choice, self.spec, self.networks.groups, self.networks.translate)
             except UserError as error:
@@ -90,20 +111,23 @@ class Built:
             )
         return shape
 
-    def model(self, device: torch.device, name: str = "", plan: StagePlan | None = None) -> Model:
-        """The networks for use, with samples of the shape of this stage (the data's own by default)."""
-        encoder, decoder = self.networks.encoder.to(device), self.networks.decoder.to(device)
-        if self.recipe.train.channels_last:  # as in training: another layout rounds otherwise
-            encoder, decoder = (module.to(memory_format=torch.channels_last) for module in (encoder, decoder))
+    def model(
+        self, modules: Mapping[str, nn.Module], device: torch.device, name: str = "", plan: StagePlan | None = None
+    ) -> Model:
+        """This encoder, decoder and prior as they are, for use; samples have the shape of this stage, by default the data's."""
+        priors = modules["prior"]
+        assert isinstance(priors, Priors)
         return Model(
-            encoder=encoder,
-            decoder=decoder,
-            priors=self.priors.to(device),
+            encoder=modules["encoder"],
+            decoder=modules["decoder"],
+            priors=priors,
             spec=attrs.evolve(self.spec, shape=self.shape(plan)) if plan else self.spec,
             groups=self.networks.groups,
             translate=self.networks.translate,
             device=device,
+            reconstruction=self.reconstruction,
             logvar_bound=self.recipe.train.logvar_bound or None,
+            batch_statistics=(plan or self.recipe.stages[-1]).batch if self.networks.batch_statistics else 0,
             name=name,
         )
 
@@ -146,6 +170,8 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
     if spec.conditional and not spec.classes:
         raise UserError(f"train.conditional: data '{recipe.data.name}' has no labels")
     problems: list[str] = []
+    if recipe.train.horizontal_flips and spec.kind != "image":
+        problems.append(f"train.horizontal_flips: data '{recipe.data.name}' is no image")
 
     def attempt(function: Callable[..., Any], *arguments: Any, where: str = "") -> Any:
         """What it gives, or None once what is wrong was noted: everything wrong is told at once."""
@@ -155,7 +181,12 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
             problems.extend(f"{where}{line}" if line.startswith(("objective.", "data.")) else line for line in error.problems)
             return None
 
-    with torch.random.fork_rng(devices=[]), memory.Bounded("network: its weights", "fewer or narrower layers"):
+    weights = _weights_in_bytes(recipe, catalogue, spec)
+    try:
+        memory.need("network: its weights", weights, "fewer or narrower layers")
+    except UserError as error:
+        raise recipe.told([*problems, *error.problems]) from None
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(recipe.train.seed, "init"))
         networks = attempt(_networks, recipe, catalogue, spec)
         priors = attempt(_priors, recipe, catalogue, networks.groups, spec) if networks else None
@@ -168,6 +199,17 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
     if problems:
         raise recipe.told(problems)
     return built
+
+
+def _weights_in_bytes(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> int:
+    """What networks and priors will take, counted where nothing is computed; 0 of those whose building needs numbers."""
+    try:
+        with torch.device("meta"):
+            networks = _networks(recipe, catalogue, spec)
+            priors = _priors(recipe, catalogue, networks.groups, spec)
+    except Exception:  # what is wrong shows again, and is told, when they are built; the count is all that is lost
+        return 0
+    return memory.size_of(networks.encoder, networks.decoder, priors)
 
 
 def check_forward(built: Built, modules: Mapping[str, nn.Module], shape: Sequence[int], device: torch.device) -> None:
@@ -195,7 +237,7 @@ def check_forward(built: Built, modules: Mapping[str, nn.Module], shape: Sequenc
                     raise wrong(0, told)
             draw = getattr(modules["decoder"], "draw", None)
             if draw:
-                given["noise"] = tree_map(draw(rows, torch.Generator()), lambda part: part.to(device))
+                given["noise"] = tree_map(draw(rows, torch.Generator(), "rec"), lambda part: part.to(device))
             y = modules["decoder"]({group: torch.zeros(rows, dim, device=device) for group, dim in groups.items()}, **given)
             if form(y) != form(x):
                 raise wrong(-1, f"the decoder gives {form(y)}, expected {form(x)}, as data are")
@@ -218,7 +260,7 @@ def form(x: Any) -> str:
 def room(built: Built, *, on_cpu: bool) -> None:
     """A `UserError` where training takes more memory than there is even by the least count: a batch with its noise and, on the
     CPU, the weights four times, with their gradients and Adam's two moments."""
-    weights = 16 * sum(map(size_of, built.modules.values())) if on_cpu else 0
+    weights = 4 * memory.size_of(*built.modules.values()) if on_cpu else 0
     row = built.spec.dims + 2 * sum(built.networks.groups.values())
     try:
         for plan in built.recipe.stages:
@@ -230,13 +272,42 @@ def room(built: Built, *, on_cpu: bool) -> None:
 
 
 def _networks(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> Networks:
-    built: list[Networks] = [component(catalogue, choice, spec) for choice in recipe.network]
+    built: list[Networks] = [_network(catalogue, choice, spec) for choice in recipe.network]
     if len(built) == 1:
         return built[0]
     encoder, decoder = built
     if encoder.groups != decoder.groups:
         raise UserError(f"network: the encoder's groups {encoder.groups} are not the decoder's {decoder.groups}")
-    return decoder._replace(encoder=encoder.encoder)
+    statistics = encoder.batch_statistics or decoder.batch_statistics
+    return decoder._replace(encoder=encoder.encoder, batch_statistics=statistics)
+
+
+def _network(catalogue: Catalogue, choice: Choice, spec: Spec) -> Networks:
+    """What a network component builds, once it is what `Networks` promises."""
+    built: Networks = component(catalogue, choice, spec)
+    told = next(network_problems(built), None)
+    if told:
+        raise PluginError(f"{catalogue.owner('network', choice.name)}: network '{choice.name}': {told}")
+    return built
+
+
+def network_problems(built: Any) -> Iterator[str]:
+    """What is wrong with `Networks` before anything was computed with them."""
+    for player in ("encoder", "decoder"):
+        if not isinstance(getattr(built, player), nn.Module):
+            yield f"its {player} is a {type(getattr(built, player)).__name__}, expected an nn.Module"
+    groups = built.groups
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, str) for group in groups):
+        yield f"its groups are {groups!r}, expected {{name: dimensions}} of at least one latent group"
+        return
+    for group, dim in groups.items():
+        if type(dim) is not int or dim < 1:
+            yield f"its latent group '{group}' has {dim!r} dimensions, expected a whole number of at least 1"
+    if built.translate is not None and not (len(built.translate) == 2 and set(built.translate) <= groups.keys()):
+        yield f"translate is {built.translate!r}, expected two of its groups {', '.join(groups)}"
+    norms = [module for player in (built.encoder, built.decoder) if isinstance(player, nn.Module) for module in player.modules()]
+    if not getattr(built, "batch_statistics", False) and any(isinstance(module, _BatchNorm) for module in norms):
+        yield "it has batch norm and does not say so: Networks(…, batch_statistics=True)"
 
 
 def _priors(recipe: Recipe, catalogue: Catalogue, groups: dict[str, int], spec: Spec) -> Priors:
@@ -251,8 +322,3 @@ def missing(built: Built) -> list[str]:
     """What has to be at hand before training, and is not: a line each."""
     loss_missing = getattr(built.reconstruction, "missing", lambda: None)()
     return [line for line in (built.dataset.missing(), loss_missing) if line]
-
-
-def size_of(module: nn.Module) -> int:
-    """Number of parameters that learn."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+import attrs
 import pluggy
 from attrs import field, frozen
 
@@ -162,6 +163,12 @@ def _problem(component: Any, taken: dict[tuple[str, str], tuple[Component, Owner
     wrong = config_problem(component.config)
     if wrong:
         return f"{component.kind} '{component.name}': {wrong}"
+    reserved = {
+        "name",
+        *(("every",) if component.kind == "metric" else ()),
+    }  # keys of the recipe's table that are not the config's
+    for option in attrs.fields_dict(component.config).keys() & reserved:
+        return f"{component.kind} '{component.name}': its option '{option}' has the name of a key that every such table has"
     if (component.kind, component.name) in taken:
         return f"{component.kind} '{component.name}' is taken by {taken[component.kind, component.name][1]}"
     return None

@@ -9,17 +9,18 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from siv_core import files
 from siv_core.errors import UserError
-from siv_core.files import TEMPORARY, digest, read_json, sync_folder, write_json, writing
+from siv_core.files import TEMPORARY, read_json, sync_folder, write_json, writing
 
 FORMAT = 1
 COUNTERS = ("step", "images_seen", "number", "tick_images")
@@ -61,23 +62,65 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors on the CPU and the state; a damaged checkpoint is a `UserError` that names the one before it."""
-    wrong = problems(path)
-    if wrong:
-        raise UserError([*wrong, *offer(path)])
-    state = read_json(path / "state.json")
-    tensors = {}
-    for name in state["files"]:
+@frozen(eq=False)
+class Checkpoint:
+    """One that was found whole: every file of it was read once, and what was loaded is what was hashed."""
+
+    path: Path
+    state: dict[str, Any]
+    tensors: Tensors  # on the CPU
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read and check it all; a damaged checkpoint is a `UserError` that names the one before it."""
+        opened = read(path)
+        if isinstance(opened, list):
+            raise UserError([*opened, *offer(path)])
+        return opened
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """One file of it; a `UserError` where it has no such file."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path / name}.safetensors: not in this checkpoint; is it one of another recipe?")
+        return self.tensors[name]
+
+    def which(self, weights: str) -> str:
+        """Raw or ema: "auto" is the average where there is one."""
+        if weights not in ("raw", "ema", "auto"):
+            raise UserError(f"weights '{weights}': expected raw, ema or auto")
+        averaged = any(name.endswith("@ema") for name in self.tensors)
+        if weights == "ema" and not averaged:
+            raise UserError(f"{self.path}: has no averaged weights; a recipe keeps them with a [shadow] table")
+        return "ema" if averaged and weights != "raw" else "raw"
+
+    def load(self, modules: Mapping[str, nn.Module], weights: str) -> str:
+        """Give these players its weights; which ones these are."""
+        used = self.which(weights)
+        for name, module in modules.items():
+            chosen = f"{name}@ema" if used == "ema" and f"{name}@ema" in self.tensors else name
+            with self.fitting():
+                restore_module(module, self.part(chosen), f"{self.path}/{chosen}")
+        return used
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Name the checkpoint before this one beside what keeps it from fitting."""
         try:
-            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load((path / name).read_bytes())
-        except Exception as error:  # the reader lets through whatever it runs into
-            raise UserError([f"{path / name}: damaged, not safetensors ({error})", *offer(path)]) from error
-    return tensors, state
+            yield
+        except UserError as error:
+            raise UserError([*error.problems, *offer(self.path)]) from error
 
 
-def problems(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each; nothing when it is whole."""
+def read(path: Path) -> Checkpoint | list[str]:
+    """The checkpoint, or what is wrong with it, a line each."""
     try:
         state = read_json(path / "state.json")
     except UserError as error:
@@ -85,16 +128,30 @@ def problems(path: Path) -> list[str]:
     wrong = files.format_problem(state, path / "state.json", FORMAT) or _state_problems(state, path)
     if wrong:
         return wrong
-    found = []
+    tensors: Tensors = {}
     for name, expected in state["files"].items():
         file = path / name
         if not re.fullmatch(r"[^/\0]+\.safetensors", name):
-            found.append(f"{path / 'state.json'}: damaged, it names a file {name!r}")
-        elif not file.is_file():
-            found.append(f"{file}: missing")
-        elif {"bytes": file.stat().st_size, "sha256": digest(file)} != expected:
-            found.append(f"{file}: damaged, its size or sha256 is not what was saved")
-    return found
+            wrong.append(f"{path / 'state.json'}: damaged, it names a file {name!r}")
+            continue
+        if not file.is_file():
+            wrong.append(f"{file}: missing")
+            continue
+        data = file.read_bytes()
+        if {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} != expected:
+            wrong.append(f"{file}: damaged, its size or sha256 is not what was saved")
+            continue
+        try:
+            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
+        except Exception as error:  # the reader lets through whatever it runs into
+            wrong.append(f"{file}: damaged, not safetensors ({error})")
+    return wrong or Checkpoint(path, state, tensors)
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, a line each; nothing when it is whole."""
+    found = read(path)
+    return found if isinstance(found, list) else []
 
 
 def _state_problems(state: dict[str, Any], path: Path) -> list[str]:
@@ -228,19 +285,3 @@ def _check_fit(own: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -
             wrong.append(f"{where}: tensor '{name}' has values that are not finite")
     if wrong:
         raise UserError(sorted(wrong))
-
-
-@contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Name the checkpoint before `path` beside what keeps this one from fitting."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError([*error.problems, *offer(path)]) from error
-
-
-def part(tensors: Tensors, name: str, path: Path) -> dict[str, Tensor]:
-    """One file of a checkpoint; a `UserError` where it has no such file."""
-    if name not in tensors:
-        raise UserError(f"{path / name}.safetensors: not in this checkpoint; is it one of another recipe?")
-    return tensors[name]

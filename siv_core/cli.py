@@ -173,10 +173,11 @@ def run(
         raise click.UsageError("--resume takes recipe and profiles from the run; only --set, --max-time and --device go with it")
     watcher = screen(as_json)
     from siv_core import catalogue, session
+    from siv_core import device as devices
     from siv_core import recipe as reader
 
     if dry_run and recipe:
-        read = reader.load(recipe, catalogue.load(), profiles, sets, cpu_only=not session.nvidia_present())
+        read = reader.load(recipe, catalogue.load(), profiles, sets, cpu_only=not devices.nvidia_present())
         print_json(read.resolved())
         return
     more: dict[str, Any] = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
@@ -184,7 +185,7 @@ def run(
         done = session.resume(resumed, **more)
     elif recipe:
         done = session.run(recipe, profiles=profiles, run_dir=run_dir, **more)
-    metrics = done.metrics() if done.state == "finished" else []
+    metrics = [line for line in done.metrics() if line["by"] != "training"] if done.state == "finished" else []
     if as_json:
         print_json({"run": str(done.path), "state": done.state, "metrics": metrics})
     elif metrics:
@@ -206,12 +207,13 @@ def check(
     if device and not measure:
         raise click.UsageError("--device goes with --measure; nothing else is computed here")
     watcher = screen(as_json, at_once=True)
-    from siv_core import catalogue, inspect, session
+    from siv_core import catalogue, inspect
+    from siv_core import device as devices
     from siv_core import recipe as reader
 
     known = catalogue.load()
-    read = reader.load(recipe, known, profiles, sets, cpu_only=not session.nvidia_present())
-    measured = inspect.measure(read, known, session.pick_device(device or "auto"), watcher.progress) if measure else None
+    read = reader.load(recipe, known, profiles, sets, cpu_only=not devices.nvidia_present())
+    measured = inspect.measure(read, known, devices.pick_device(device or "auto"), watcher.progress) if measure else None
     report = inspect.check(read, known)
     if as_json:
         print_json({**report, "measured": measured} if measure else report)
@@ -258,12 +260,13 @@ def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
 def evaluate(run: Path, checkpoint: str, weights: str, device: str, as_json: bool) -> None:
     """Measure RUN with the metrics of its recipe; the lines are added to its metrics.jsonl."""
     watcher = screen(as_json)
-    from siv_core import session
+    from siv_core import opened, record
 
-    built, model, found, path = session.open_run(run, checkpoint, weights, device)
-    session.need_data(built, watcher.progress)
-    with found.locked():
-        lines = session.append_metrics(built, model, found, path, weights, watcher)
+    one = opened.open_run(run, checkpoint, weights, device)
+    opened.need_data(one.built, watcher.progress)
+    with one.run_dir.locked():
+        about = record.measured_as(one.built, one.model, "evaluate", one.step)
+        lines = record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watcher, None)
     if as_json:
         print_json({"run": str(run), "metrics": lines})
     else:
@@ -277,10 +280,11 @@ def evaluate(run: Path, checkpoint: str, weights: str, device: str, as_json: boo
 def sample(run: Path, checkpoint: str, weights: str, device: str, count: int, seed: int, out: Path | None, as_json: bool) -> None:
     """Draw samples from the prior of RUN: a picture and an array."""
     watcher = screen(as_json, at_once=True)
-    from siv_core import apply, session
+    from siv_core import apply, opened
 
-    built, model, found, _ = session.open_run(run, checkpoint, weights, device)
-    told(watcher, apply.sample(model, out or found.path / "outputs", count, seed, built.dataset), as_json)
+    one = opened.open_run(run, checkpoint, weights, device)
+    made = apply.sample(one.model, out or one.run_dir.path / "outputs", count, seed, one.built.metrics(), one.built.dataset)
+    told(watcher, made, as_json)
 
 
 @cli.command()
@@ -292,12 +296,12 @@ def reconstruct(
 ) -> None:
     """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
     watcher = screen(as_json, at_once=True)
-    from siv_core import apply, session
+    from siv_core import apply, opened
 
-    built, model, found, _ = session.open_run(run, checkpoint, weights, device)
+    one = opened.open_run(run, checkpoint, weights, device)
     if not images:
-        session.need_data(built, watcher.progress)
-    told(watcher, apply.reconstruct(model, built.dataset, out or found.path / "outputs", images, seed), as_json)
+        opened.need_data(one.built, watcher.progress)
+    told(watcher, apply.reconstruct(one.model, one.built.dataset, out or one.run_dir.path / "outputs", images, seed), as_json)
 
 
 @cli.command()
@@ -320,13 +324,13 @@ def translate(
 ) -> None:
     """Class images down the left, content images along the top, and every class with every content between them."""
     watcher = screen(as_json, at_once=True)
-    from siv_core import apply, session
+    from siv_core import apply, opened
 
-    built, model, found, _ = session.open_run(run, checkpoint, weights, device)
-    given = apply.taken(take, model)
+    one = opened.open_run(run, checkpoint, weights, device)
+    given = apply.taken(take, one.model)
     if len(given) < 2:
-        session.need_data(built, watcher.progress)
-    told(watcher, apply.translate(model, built.dataset, out or found.path / "outputs", given, count, seed), as_json)
+        opened.need_data(one.built, watcher.progress)
+    told(watcher, apply.translate(one.model, one.built.dataset, out or one.run_dir.path / "outputs", given, count, seed), as_json)
 
 
 def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:

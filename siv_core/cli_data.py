@@ -50,9 +50,9 @@ def data_ls(as_json: bool) -> None:
 def data_fetch(name: str, sets: tuple[str, ...]) -> None:
     """Download the data set NAME from its source, where it has one."""
     watcher = screen()
-    from siv_core import session
+    from siv_core import opened
 
-    fetch = getattr(session.dataset_by_name(name, sets), "fetch", None)
+    fetch = getattr(opened.dataset_by_name(name, sets), "fetch", None)
     if fetch is None:
         raise UserError(f"data '{name}' is not downloaded: it comes with a package or is made by `siv data prepare {name}`")
     fetch(watcher.progress)
@@ -65,9 +65,9 @@ def data_fetch(name: str, sets: tuple[str, ...]) -> None:
 def data_prepare(name: str, sets: tuple[str, ...]) -> None:
     """Make the files the data set NAME is read from."""
     watcher = screen()
-    from siv_core import session
+    from siv_core import opened
 
-    found: Any = session.dataset_by_name(name, sets)
+    found: Any = opened.dataset_by_name(name, sets)
     lacking = found.missing()
     if lacking:
         raise UserError(f"data '{name}' is not at hand: {lacking}")

@@ -50,13 +50,14 @@ def sweep(
 ) -> None:
     """Run every trial of SWEEP that is not finished, then show the table; the same command goes on where it was stopped."""
     watcher = screen(as_json)
-    from siv_core import catalogue, session, sweep_table
+    from siv_core import catalogue, sweep_table
+    from siv_core import device as devices
     from siv_core import sweep as sweeps
 
     read = sweeps.load(sweep, sets)
     chosen = sweeps.chosen(read, only)
     known = catalogue.load()
-    recipes = sweeps.resolve(read, known, cpu_only=not session.nvidia_present())
+    recipes = sweeps.resolve(read, known, cpu_only=not devices.nvidia_present())
     root = root or Path("runs") / read.name
     for line in sweep_table.check_folder(read, recipes, root):
         watcher.say(line)
@@ -86,11 +87,12 @@ def run_trials(
     device: str,
 ) -> dict[str, str]:
     """{trial: how it ended} of those that were run now; finished and diverged ones are left alone."""
-    from siv_core import catalogue, files, session, sweep_jobs, sweep_table
+    from siv_core import catalogue, files, sweep_jobs, sweep_table
+    from siv_core import device as devices
     from siv_core.rundir import RunDir
 
     begun, watcher.line_seconds = time.monotonic(), LINE_SECONDS
-    on_cpu = session.pick_device(device).type == "cpu"
+    on_cpu = devices.pick_device(device).type == "cpu"
     steps = sweep_jobs.prepare(read, recipes, catalogue.load(), watcher)
     files.make_folder(root)
     with RunDir(root).locked():

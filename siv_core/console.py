@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 SHOW_CURSOR = b"\x1b[?25h"
-SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL reconstructed", "kl_fake": "KL generated"}
+SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL x_rec", "kl_prior": "KL x_prior"}
 
 
 class Lasting:
@@ -159,7 +159,7 @@ class Screen:
 
     @contextlib.contextmanager
     def training(self, trainer: Trainer, max_seconds: float | None) -> Iterator[None]:
-        total = trainer.stage_ends()[-1]
+        total = trainer.schedule.total
         until = f", at most {_time(max_seconds)}" if max_seconds else ""
         step = trainer.counters.step
         self.say(f"training: {total - step:,} of {total:,} steps to go on {trainer.device}{until}")

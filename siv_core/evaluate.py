@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from siv_core import feed, pictures, plane
+from siv_core import feed, pictures
 from siv_core.catalogue import blame, words
 from siv_core.errors import SivError, UserError
-from siv_core.model import Model
-from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
+from siv_core.model import BATCH, Model
+from siv_core.pictures import Picture
+from siv_core.protocols import Batch, Dataset, Measurement, Metric, Progress, Rows
 from siv_core.seeding import Streams
 
 SHOWN = 8  # images a row of a picture
-POINTS = 5000  # data and samples in a picture of the plane
-PLANE_GRID = 300  # points a side of its density
+DRAWN = 5000  # samples in a picture that a metric draws
+GAP = "train_eval_gap"  # the metric that every model with statistics of the batch is measured with
+GAP_IMAGES = 1024  # held-out ones that it takes
+LARGE_GAP = 0.1  # a relative difference that is warned of
 
 
 def measure(
@@ -32,16 +37,21 @@ def measure(
     about: dict[str, Any],
     progress: Progress,
     log: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
-    """A line for each value: metric, name, value or the reason why it was skipped, protocol; `about` is in each.
+) -> tuple[list[dict[str, Any]], dict[str, Picture]]:
+    """A line for each value: metric, name, value or the reason why it was skipped, protocol; `about` is in each. And pictures,
+    by METRIC_NAME.
 
     A metric that cannot be taken at all is one line of the name "all"; the others go on. The traceback of one that raises goes
-    to `log`.
+    to `log`. What it costs stands in the only entry that differs from run to run, `wall`.
     """
     lines: list[dict[str, Any]] = []
+    drawn: dict[str, Picture] = {}
     for name, metric in metrics.items():
+        begun = time.monotonic()
         try:
-            found = _lines(name, metric.measure(model, data, progress))
+            measured = metric.measure(model, data, progress)
+            found = _lines(name, measured)
+            drawn.update({f"{name}_{title}": picture for title, picture in measured.pictures.items()})
         except UserError as error:
             found = _lines(name, Measurement({"all": "; ".join(error.problems)}, {}))
         except SivError:  # a wish to stop
@@ -49,8 +59,9 @@ def measure(
         except Exception as error:  # of a plugin: what was trained, and the other metrics, are not lost for it
             log(f"metric {name} failed\n{''.join(traceback.format_exception(error)).rstrip()}")
             found = _lines(name, Measurement({"all": f"failed: {blame(error) or words(error)}"}, {}))
-        lines += [{**line, **about} for line in found]
-    return lines
+        wall = {"seconds": round(time.monotonic() - begun, 3)}
+        lines += [{**line, **about, "wall": wall} for line in found]
+    return lines, drawn
 
 
 def _lines(name: str, measured: Measurement) -> list[dict[str, Any]]:
@@ -66,6 +77,50 @@ def _lines(name: str, measured: Measurement) -> list[dict[str, Any]]:
     ]
 
 
+@frozen
+class TrainEvalGap:
+    """How far networks that take statistics of the batch in training are from what they are with those of training: what x
+    costs in both modes, (eval − train) / train of each. A large gap makes samples and codes of the model others than trained."""
+
+    seed: int
+
+    def needs(self) -> Iterable[str]:
+        return ()
+
+    def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
+        x, labels = held_out(data, model, GAP_IMAGES, self.seed)
+        size = min(model.batch_statistics, BATCH, len(x))
+        values: dict[str, float | str] = {}
+        costs = {}
+        for mode, one in (("eval", model), ("train", model.in_training_mode())):
+            taken = []
+            for i, rows in enumerate(torch.arange(len(x)).split(size)[: len(x) // size]):  # whole batches, as in training
+                progress(f"{GAP}: {mode}", i, len(x) // size)
+                taken.append(one.energy(x[rows], None if labels is None else labels[rows], self.seed))
+            costs[mode] = [float(torch.cat(parts).mean()) for parts in zip(*taken, strict=True)]
+            values.update({f"{term}.{mode}": cost for term, cost in zip(("rec", "kl"), costs[mode], strict=True)})
+        for term, eval_cost, train_cost in zip(("rec", "kl"), *costs.values(), strict=True):
+            gap = (eval_cost - train_cost) / train_cost if train_cost else math.nan
+            values[f"{term}.gap"] = gap if math.isfinite(gap) else "it is not finite"
+        about = {"images": len(x) // size * size, "batch": size, "split": "held_out", "gap": "(eval - train) / train"}
+        return Measurement(values, {**about, "rec": "|x - D(mu)|^2", "kl": "nats", "seed": self.seed})
+
+
+def gap_warnings(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each value of `TrainEvalGap` that is large."""
+    large = [
+        line
+        for line in lines
+        if line["metric"] == GAP and line["name"].endswith(".gap") and abs(line.get("value", 0)) > LARGE_GAP
+    ]
+    return [
+        f"warning: {line['name'].removesuffix('.gap')} differs by {line['value']:+.0%} between evaluation and training mode: the"
+        " running statistics of the network's batch norm are not those of its batches; longer training at a lower rate, a larger"
+        " batch or another norm help"
+        for line in large
+    ]
+
+
 def some(data: Dataset, split: str, count: int, seed: int) -> Tensor:
     """Positions [count] of a split: a seeded choice, in order."""
     size = len(data.rows(split))
@@ -76,11 +131,15 @@ def some(data: Dataset, split: str, count: int, seed: int) -> Tensor:
 def held_out(data: Dataset, model: Model, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """`count` seeded images of the held-out split, and their labels where the model takes some."""
     rows, positions = data.rows("held_out"), some(data, "held_out", count, seed)
-    labels = rows.labels[rows.at(positions)] if model.spec.conditional and rows.labels is not None else None
-    return feed.images(rows, positions, model.spec), labels
+    return feed.images(rows, positions, model.spec), labels_of(rows, positions, model)
 
 
-def reconstructions(model: Model, x: Tensor, labels: Tensor | None = None) -> pictures.Picture:
+def labels_of(rows: Rows, positions: Tensor, model: Model) -> Tensor | None:
+    """The labels of these samples of a split, where the model takes some."""
+    return rows.labels[rows.at(positions)] if model.spec.conditional and rows.labels is not None else None
+
+
+def reconstructions(model: Model, x: Tensor, labels: Tensor | None = None) -> Picture:
     """Originals above, their reconstructions below, `SHOWN` a row."""
     above, below = (pictures.to_uint8(images, model.spec.value_range) for images in (x, model.reconstruct(x, labels)))
     columns = min(len(above), SHOWN)
@@ -89,28 +148,23 @@ def reconstructions(model: Model, x: Tensor, labels: Tensor | None = None) -> pi
     return pictures.grid(np.stack(rows, axis=1).reshape(-1, *above.shape[1:]), columns)
 
 
-def drawable(spec: Spec) -> bool:
-    """Whether there is a picture of such data: images, and points of the plane."""
-    return spec.kind == "image" or plane.is_plane(spec)
+def draw(
+    models: Mapping[str, Model], metrics: Mapping[str, Metric], data: Dataset | None, seed: int, count: int = DRAWN
+) -> Picture | None:
+    """The picture of data that is no image, by the first metric that draws some; None where there is no such metric."""
+    metric = drawer(metrics)
+    return metric.draw(models, data, seed, count) if metric else None
 
 
-def in_plane(models: Mapping[str, Model], data: Dataset | None, seed: int, count: int = POINTS) -> pictures.Picture:
-    """Samples over held-out data, and the density exp(ELBO), of one model or of several {title: model} side by side."""
-    spec = next(iter(models.values())).spec
-    points = plane.grid(spec.value_range, PLANE_GRID)
-    panels = []
-    for title, model in models.items():
-        rec, kl = model.energy(points)
-        energy = (rec + kl).cpu().unflatten(0, (PLANE_GRID, PLANE_GRID))
-        real = held_out(data, model, POINTS, seed)[0] if data else None
-        panels.append(plane.Panel(model.sample(count, seed).cpu(), energy, real, title))
-    return plane.draw(panels, spec.value_range)
+def drawer(metrics: Mapping[str, Metric]) -> Any:
+    """The first metric that draws models, or None."""
+    return next((metric for metric in metrics.values() if hasattr(metric, "draw")), None)
 
 
-def preview(model: Model, data: Dataset, seed: int = 0) -> pictures.Picture:
-    """Held-out images, their reconstructions, and samples below; of points, samples over data and the density."""
-    if plane.is_plane(model.spec):
-        return in_plane({"": model}, data, seed)
+def preview(model: Model, data: Dataset, metrics: Mapping[str, Metric], seed: int = 0) -> Picture | None:
+    """Held-out images, their reconstructions, and samples below; of other data what a metric draws, or None."""
+    if model.spec.kind != "image":
+        return draw({"": model}, metrics, data, seed)
     shown = [reconstructions(model, *held_out(data, model, SHOWN, seed))]
     shown.append(pictures.grid(pictures.to_uint8(model.sample(2 * SHOWN, seed), model.spec.value_range), SHOWN))
     width = max(picture.shape[1] for picture in shown)
@@ -126,7 +180,7 @@ class Translation:
     contents: Tensor  # [K, …]
     cells: Tensor
 
-    def picture(self, value_range: tuple[float, float]) -> pictures.Picture:
+    def picture(self, value_range: tuple[float, float]) -> Picture:
         parts = [pictures.to_uint8(x, value_range) for x in (self.classes, self.contents, self.cells)]
         return pictures.matrix(*parts)
 
@@ -141,17 +195,18 @@ def translated_groups(model: Model) -> tuple[str, str]:
     return model.translate
 
 
-def translation(model: Model, classes: Tensor, contents: Tensor) -> Translation:
-    """The papers' matrix from class images [R, …] and content images [K, …]."""
+def translation(model: Model, classes: Batch, contents: Batch) -> Translation:
+    """The papers' matrix from class images [R, …] and content images [K, …]; of a conditional model with the class's label."""
     class_group, content_group = translated_groups(model)
-    class_codes = model.encode(classes)[class_group].mu
-    content_codes = model.encode(contents)[content_group].mu
-    rows, columns = len(classes), len(contents)
+    class_codes = model.encode(*classes)[class_group].mu
+    content_codes = model.encode(*contents)[content_group].mu
+    rows, columns = len(classes.x), len(contents.x)
     codes = {class_group: class_codes.repeat_interleave(columns, 0), content_group: content_codes.repeat(rows, 1)}
-    return Translation(classes, contents, model.decode(codes))
+    labels = None if classes.labels is None else classes.labels.repeat_interleave(columns)
+    return Translation(classes.x, contents.x, model.decode(codes, labels))
 
 
-def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[Batch, Batch]:
     """Class images and content images, `count` each, of the held-out split; all of different classes where factors tell."""
     rows = data.rows("held_out")
     order = torch.randperm(len(rows), generator=Streams(seed, 0)("translate"))
@@ -164,26 +219,25 @@ def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[
             order = torch.tensor(list(first.values()))
     chosen = order[: 2 * count]
     half = len(chosen) // 2
-    x = feed.images(rows, chosen, model.spec)
-    return x[:half], x[half:]
+    x, labels = feed.images(rows, chosen, model.spec), labels_of(rows, chosen, model)
+    return tuple(Batch(x[part], None if labels is None else labels[part]) for part in (slice(half), slice(half, None)))  # type: ignore[return-value]
 
 
-def final_pictures(model: Model, data: Dataset, folder: Path, seed: int) -> list[Path]:
-    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png; of points samples.png."""
-    if not drawable(model.spec):
-        return []
-    if plane.is_plane(model.spec):
-        pictures.save_png(folder / "samples.png", in_plane({"": model}, data, seed))
-        return [folder / "samples.png"]
-    value_range = model.spec.value_range
-    made = {
-        "samples": pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN),
-        "reconstructions": reconstructions(model, *held_out(data, model, 4 * SHOWN, seed)),
-    }
-    if model.translate and not model.spec.conditional:  # two images of different classes have no label in common
-        made["translation"] = translation(model, *held_out_pairs(data, model, SHOWN, seed)).picture(value_range)
+def final_pictures(model: Model, data: Dataset, metrics: Mapping[str, Metric], folder: Path, seed: int) -> list[Path]:
+    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png; of data that is no image
+    samples.png, where a metric draws it."""
+    made: dict[str, Picture | None] = {}
+    if model.spec.kind != "image":
+        made["samples"] = draw({"": model}, metrics, data, seed)
+    else:
+        value_range = model.spec.value_range
+        made["samples"] = pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN)
+        made["reconstructions"] = reconstructions(model, *held_out(data, model, 4 * SHOWN, seed))
+        if model.translate:
+            made["translation"] = translation(model, *held_out_pairs(data, model, SHOWN, seed)).picture(value_range)
     paths = []
     for name, picture in made.items():
-        paths.append(folder / f"{name}.png")
-        pictures.save_png(paths[-1], picture)
+        if picture is not None:
+            paths.append(folder / f"{name}.png")
+            pictures.save_png(paths[-1], picture)
     return paths

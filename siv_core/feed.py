@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from siv_core import memory
 from siv_core.protocols import Batch, Rows, Spec
-from siv_core.seeding import Streams
+from siv_core.seeding import DataOrder, Streams
 
 HOST_SHARE = 0.3  # of the free memory that data may take to be held there
-UNKNOWN_MEMORY = 4 << 30  # what a machine that does not say is taken to have free, in bytes
 
 
 def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -47,37 +46,52 @@ def batches(rows: Rows, spec: Spec, size: int, device: torch.device | str = "cpu
 class Feed:
     """The training split, where `residency` puts it; the place never changes a bit of what comes out."""
 
-    def __init__(self, rows: Rows, spec: Spec, device: torch.device, residency: str, *, conditional: bool) -> None:
-        self.rows, self.spec, self.device, self.conditional = rows, spec, device, conditional
-        size = rows.x.numel() * rows.x.element_size()
+    def __init__(
+        self, rows: Rows, spec: Spec, device: torch.device, residency: str, *, conditional: bool = False, flips: bool = False
+    ) -> None:
+        self.rows, self.spec, self.device, self.conditional, self.flips = rows, spec, device, conditional, flips
         self.endless = rows.draw is not None
-        wanted = residency == "device" or (residency == "auto" and size <= HOST_SHARE * _free_bytes(device))
+        tables = {0: rows.x, **rows.pyramid}  # pixels a side -> rows; 0: as they are
+        size = sum(table.numel() * table.element_size() for table in tables.values())
+        wanted = residency == "device" or (residency == "auto" and size <= HOST_SHARE * memory.free(device))
         fits = wanted and not self.endless  # an endless split's table is not for training
-        self.x = rows.x if not fits else rows.x.clone() if device.type == "cpu" else rows.x.to(device)
+        self.tables = {side: _placed(table, device) if fits else table for side, table in tables.items()}
         self.residency = "drawn" if self.endless else "device" if fits else "host"
 
-    def take(self, positions: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
-        """A batch in `shape`, a size of the stage."""
+    def batch(self, positions: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
+        """The samples at these positions of the split in `shape`, a size of the stage, which has rows of its own in a pyramid."""
         at = self.rows.at(positions)
-        x = self.x[at.to(self.x.device)].to(self.device, non_blocking=True)
-        return self._batch(x, None if self.rows.labels is None else self.rows.labels[at], shape, memory_format)
+        table = self.tables.get(shape[-1] if len(shape) == 3 and shape != self.spec.shape else 0, self.tables[0])
+        x = table[at.to(table.device)].to(self.device, non_blocking=True)
+        return self._batch(x, None if self.rows.labels is None else self.rows.labels[at], shape, layout)
 
-    def draw(self, n: int, share: slice, streams: Streams, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
-        """Rows `share` of the n samples that a step of an endless split sees; all n are drawn, so that no share depends on it."""
-        assert self.rows.draw is not None
-        x, labels = self.rows.draw(n, streams("data"))
-        return self._batch(x[share], None if labels is None else labels[share], shape, memory_format)
+    def next(
+        self,
+        order: DataOrder,
+        images_seen: int,
+        n: int,
+        share: slice,
+        streams: Streams,
+        shape: tuple[int, ...],
+        layout: torch.memory_format,
+    ) -> Batch:
+        """Rows `share` of the n samples of a step. What is drawn is drawn for all n, so that it does not depend on the share."""
+        if self.endless:
+            assert self.rows.draw is not None
+            x, labels = self.rows.draw(n, streams("data"))
+            batch = self._batch(x[share], None if labels is None else labels[share], shape, layout)
+        else:
+            batch = self.batch(order.take(images_seen, n)[share], shape, layout)
+        if not self.flips:
+            return batch
+        mirrored = torch.rand(n, generator=streams("flips"), device=self.device)[share] < 0.5
+        return batch._replace(x=torch.where(mirrored[:, None, None, None], batch.x.flip(3), batch.x))
 
-    def _batch(self, x: Tensor, labels: Tensor | None, shape: tuple[int, ...], memory_format: torch.memory_format) -> Batch:
+    def _batch(self, x: Tensor, labels: Tensor | None, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
         x = to_float(x, self.spec, shape)
         labels = labels.to(self.device) if self.conditional and labels is not None else None
-        return Batch(x.contiguous(memory_format=memory_format) if x.ndim == 4 else x, labels)
+        return Batch(x.contiguous(memory_format=layout) if x.ndim == 4 else x, labels)
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    pages = [os.sysconf(name) if name in os.sysconf_names else 0 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")]
-    free, all_ = (count * os.sysconf("SC_PAGE_SIZE") for count in pages)
-    # macOS does not say what is free: half of what there is
-    return free or all_ // 2 or UNKNOWN_MEMORY
+def _placed(table: Tensor, device: torch.device) -> Tensor:
+    return table.clone() if device.type == "cpu" else table.to(device)

@@ -120,14 +120,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def format_problem(value: Any, path: Path, reads: int) -> list[str]:
-    """What is wrong with the `format` of a file of ours, and what to do; nothing where it is the one this siv reads."""
+def format_problem(value: Any, path: Path, reads: int, oldest: int | None = None) -> list[str]:
+    """What is wrong with the `format` of a file of ours, and what to do; nothing where it is one this siv reads,
+    that from `oldest` on, or `reads` alone."""
     found = value.get("format") if isinstance(value, dict) else None
     if type(found) is not int:
         return [f"{path}: damaged, it does not give its format"]
     if found > reads:
         return [f"{path}: format {found} is of a newer siv, this one reads {reads}: update it (pip install --upgrade siv)"]
-    if found < reads:
+    if found < (reads if oldest is None else oldest):
         return [f"{path}: format {found} is of an older siv, this one reads {reads}: use the one that manifest.json names"]
     return []
 
@@ -139,6 +140,16 @@ def finite_or_text(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_text(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def free_name(folder: Path, name: str, suffix: str) -> Path:
+    """`folder`/name`suffix`, with a number where that is taken: nothing is overwritten. The folder is made."""
+    make_folder(folder)
+    path, number = folder / f"{name}{suffix}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}{suffix}"
+    return path
 
 
 def make_folder(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The health of a training: a pure judgement over the statistics of ticks, and what to try, with the user's own values beside.
 
-What is judged are terms by their names: `kl_real` (or `kl_real.GROUP`), `kl_fake`, `logvar_real` and every `gradient_norm`. An
+What is judged are terms by their names: `kl_real` (or `kl_real.GROUP`), `kl_prior`, `logvar_real` and every `gradient_norm`. An
 objective that gives none of them is not judged by it. docs/run_directories.md says where warnings are kept.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from attrs import Factory, define, field, frozen
 
 from siv_core.recipe import StagePlan, Train
+from siv_core.schedule import Schedule
 
 # In the shipped recipes KL real >= KL generated holds for at most 3 ticks, 300 steps, on end: when an introspective stage begins.
 PATIENCE_TICKS = 10  # a tick is a mean over its steps: ten on end are no noise
@@ -72,10 +73,10 @@ def _judge(series: Series, first: int, patience: float, logvar_limit: float) -> 
         long = lasts(lambda means, term=term: means[term] < COLLAPSED_KL)  # type: ignore[misc]
         if long:
             yield "collapse", term, f"{now[term]:.3g} nats, below {COLLAPSED_KL:g}{long}"
-    if {"kl_real", "kl_fake"} <= now.keys():
-        long = lasts(lambda means: means["kl_real"] >= means["kl_fake"])
+    if {"kl_real", "kl_prior"} <= now.keys():
+        long = lasts(lambda means: means["kl_real"] >= means["kl_prior"])
         if long:
-            yield "no margin", "kl_real", f"{now['kl_real']:.4g} nats, not below kl_fake ({now['kl_fake']:.4g}){long}"
+            yield "no margin", "kl_real", f"{now['kl_real']:.4g} nats, not below kl_prior ({now['kl_prior']:.4g}){long}"
     if spell(series, first, lambda means: means.get("logvar_real", 0.0) >= logvar_limit)[0] >= LOGVAR_TICKS:
         yield "logvar", "logvar_real", f"{now['logvar_real']:.3g}, at or beyond {logvar_limit:.3g}"
     earlier = [means["gradient_norm"] for _, means in series[:-1]]
@@ -103,10 +104,9 @@ MEANING = {
 class Monitor:
     """Follows a run tick by tick. The same lines give the same warnings: a resumed run shows it the earlier ones again."""
 
-    plans: Sequence[StagePlan]
+    schedule: Schedule
     train: Train
     groups: Mapping[str, int]
-    ends: Sequence[int]  # the step at which each stage is over
     ticks: deque[Tick] = field(factory=lambda: deque(maxlen=REMEMBERED))  # of this stage
     stage: int = -1
     lately: dict[tuple[str, str, str], int] = Factory(dict)  # what is or was wrong -> ticks since it was
@@ -114,13 +114,13 @@ class Monitor:
 
     def see(self, tick: Tick) -> list[str]:
         """The warnings of this tick: once for each thing, and again when it came back after it was gone for a while."""
-        stage = stage_at(self.ends, tick["step"])
+        stage = self.schedule.made(tick["step"])
         if stage != self.stage:
             self.stage, self.lately = stage, {}
             self.ticks.clear()
         self.ticks.append(tick)
-        first = self.ends[stage - 1] if stage else 0
-        found = judge(list(self.ticks), first, self.ends[stage] - first, self.train.logvar_bound)
+        bounds = self.schedule.first(stage), self.schedule.steps(stage)
+        found = judge(list(self.ticks), *bounds, self.train.logvar_bound)
         new = [finding for finding in found if finding.key not in self.lately]
         gone = {key: ticks + 1 for key, ticks in self.lately.items() if ticks + 1 < PATIENCE_TICKS}
         self.lately = {**gone, **{finding.key: 0 for finding in found}}
@@ -128,21 +128,16 @@ class Monitor:
         for finding in new:
             about = {"step": tick["step"], "stage": stage, "phase": finding.phase, "term": finding.term, "kind": finding.kind}
             where = f"step {tick['step']}, phase '{finding.phase}', {finding.term}: {finding.words}: {MEANING[finding.kind]}"
-            texts.append(f"warning: {where}\n{advice(finding.kind, self.plans[stage], self.train, self.groups)}")
+            texts.append(f"warning: {where}\n{advice(finding.kind, self.schedule.plans[stage], self.train, self.groups)}")
             self.told.append({**about, "text": texts[-1]})
         return texts
 
     def not_finite(self, step: int, reason: str) -> str:
         """What to try when a value is no longer finite; counted among the warnings."""
-        stage = stage_at(self.ends, step)
-        tries = advice("not finite", self.plans[stage], self.train, self.groups)
+        stage = self.schedule.made(step)
+        tries = advice("not finite", self.schedule.plans[stage], self.train, self.groups)
         self.told.append({"step": step, "stage": stage, "kind": "not finite", "text": f"{reason}\n{tries}"})
         return tries
-
-
-def stage_at(ends: Sequence[int], step: int) -> int:
-    """The stage that made the state after `step` steps."""
-    return next(i for i, end in enumerate(ends) if step <= end)
 
 
 def advice(kind: str, plan: StagePlan, train: Train, groups: Mapping[str, int]) -> str:

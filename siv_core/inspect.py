@@ -15,17 +15,20 @@ from attrs import frozen
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from siv_core import build, evaluate, session
+from siv_core import build, evaluate, opened, session, stage
+from siv_core import device as devices
 from siv_core.build import Built
 from siv_core.catalogue import Catalogue
 from siv_core.errors import UserError
+from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
 from siv_core.parallel import Parallel
-from siv_core.players import Priors, make_nets, set_stage, sources, tree_map
 from siv_core.protocols import Batch, Progress, Rows, Spec, Stage
 from siv_core.recipe import Recipe
 from siv_core.rundir import RunDir
 from siv_core.seeding import Streams
-from siv_core.trainer import ActiveStage, Trainer, tensors_of
+from siv_core.stage import ActiveStage
+from siv_core.step import play, tensors_of
+from siv_core.trainer import Trainer
 
 WARM_UP_STEPS = 3  # the first allocate memory and the optimisers' moments
 MEASURED_SECONDS = 4.0  # a stage, after the warm-up
@@ -41,7 +44,7 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
     report: dict[str, Any] = {"recipe": recipe.name, "profiles": list(recipe.profiles), "data": {"name": recipe.data.name}}
     try:
         built = build.build(recipe, catalogue, data)
-        build.room(built, on_cpu=not session.nvidia_present())
+        build.room(built, on_cpu=not devices.nvidia_present())
     except UserError:
         if lacking is None:
             raise
@@ -60,7 +63,7 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
         for number, plan in enumerate(recipe.stages)
     ]
     if recipe.init:
-        session.start_of(recipe)
+        opened.start_of(recipe)
     needs = [f"metric {name}: {need}" for name, metric in built.metrics().items() for need in metric.needs()]
     report["not_at_hand"] = [*build.missing(built), *needs]
     return report
@@ -70,9 +73,14 @@ def parameters(built: Built) -> dict[str, dict[str, int]]:
     """Learning parameters of each player and of its parts."""
     counts = {}
     for name, module in built.modules.items():
-        parts = {child: build.size_of(part) for child, part in module.named_children() if build.size_of(part)}
-        counts[name] = {"all": build.size_of(module), **(parts if len(parts) > 1 else {})}
+        parts = {child: learning(part) for child, part in module.named_children() if learning(part)}
+        counts[name] = {"all": learning(module), **(parts if len(parts) > 1 else {})}
     return counts
+
+
+def learning(module: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def flops(built: Built, number: int) -> int:
@@ -95,9 +103,9 @@ def flops(built: Built, number: int) -> int:
     carry: dict[str, Any] = {}
     with FlopCounterMode(display=False) as counter:
         for phase in objective.phases:
-            value, _, carry = phase.loss(nets, batch, noise, coeffs, carry)
             moved = [p for player in phase.updates for p in modules[player].parameters() if p.requires_grad]
-            torch.autograd.grad(value, moved, allow_unused=True)
+            if moved:
+                carry = play(phase, moved, nets, batch, noise, coeffs, carry, 1.0).carry
     return int(counter.get_total_flops())
 
 
@@ -148,22 +156,19 @@ def measure(recipe: Recipe, catalogue: Catalogue, device: torch.device, progress
         data.prepare(progress)
     else:
         built.dataset = RandomData(built.spec)
-    session.set_precision(recipe.train)
+    devices.set_precision(recipe.train)
     getattr(loss, "prepare", lambda: None)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer.of(built, RunDir(Path()), device, Parallel(), session.Silent())
-    trainer.start_priors()
     stages: list[dict[str, Any]] = []
     for number, plan in enumerate(recipe.stages):
-        first, end = ([0, *trainer.stage_ends()][number + i] for i in (0, 1))
-        trainer.counters.step = first
-        active = trainer.enter(number, first, end - first)
-        active.set_fade((first + end) // 2)
-        seconds = seconds_per_step(trainer, active)
+        trainer.counters.step = trainer.schedule.first(number)
+        trainer.active = stage.enter(trainer, number)
+        seconds = seconds_per_step(trainer, trainer.active)
         if built.spec.kind == "image":
-            evaluate.preview(built.model(device, plan=plan), built.dataset, recipe.train.seed)  # a run draws them: their memory
-        steps = end - first if at_hand or plan.length.unit != "epochs" else None
+            evaluate.preview(trainer.model(), built.dataset, {}, recipe.train.seed)  # a run draws them: their memory
+        steps = trainer.schedule.steps(number) if at_hand or plan.length.unit != "epochs" else None
         stages.append({"objective": plan.objective.name, "seconds_per_step": seconds, "steps": steps})
         progress("measuring", number + 1, len(recipe.stages))
     known = [stage["seconds_per_step"] * stage["steps"] for stage in stages if stage["steps"] is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,13 +44,24 @@ def kl_standard(q: Gaussian) -> Tensor:
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(dim=1)
 
 
+def log_prob(q: Gaussian, z: Tensor) -> Tensor:
+    """ln q(z ∣ x) [N] of z [N, d]."""
+    return -0.5 * ((z - q.mu).square() / q.logvar.exp() + q.logvar + math.log(2 * math.pi)).sum(dim=1)
+
+
 def largest_logvar(q: Posterior) -> Tensor:
     """The largest absolute log-variance of each sample [N], over all groups and without gradient: a sign of health."""
     return torch.cat([gaussian.logvar.detach() for gaussian in q.values()], dim=1).abs().amax(dim=1)
 
 
 def bound_logvar(q: Posterior, bound: float | None) -> Posterior:
-    """Log-variances clamped to ±bound, the only place where that is done; None leaves them free."""
+    """Log-variances clamped to ±bound; None leaves them free."""
     if bound is None:
         return q
     return {group: Gaussian(mu, logvar.clamp(-bound, bound)) for group, (mu, logvar) in q.items()}
+
+
+def bound_groups(q: Posterior, bounds: Mapping[str, tuple[Tensor, Tensor] | None]) -> Posterior:
+    """Log-variances of these groups clamped between (low [d], high [d]); None and groups that are not named stay free."""
+    given = {group: pair for group, pair in bounds.items() if pair is not None}
+    return {**q, **{group: Gaussian(q[group].mu, q[group].logvar.clamp(*pair)) for group, pair in given.items()}} if given else q

@@ -8,17 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from siv_core.latents import Gaussian, Posterior
-from siv_core.protocols import Distribution, Noise
+from siv_core.latents import Codes, Gaussian, Posterior
+from siv_core.protocols import Distribution, Noise, Spec, Terms
 
 
-def kl(q: Posterior, prior: Mapping[str, Distribution], noise: Noise) -> dict[str, Tensor]:
-    """KL[q_g(z | x) ‖ p_g(z)] of each latent group: {group: [N]}."""
-    return {group: prior[group].kl(gaussian, noise.get(group)) for group, gaussian in q.items()}
+def kl(q: Posterior, prior: Mapping[str, Distribution], noise: Noise, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """KL[q_g(z ∣ x) ‖ p_g(z)] of each latent group, with labels that to p_g(z ∣ y): {group: [N]}."""
+    return {group: prior[group].kl(gaussian, noise.get(group), labels) for group, gaussian in q.items()}
+
+
+def regulariser(prior: Mapping[str, Any], z: Codes, mean: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Σ_g of what the groups' priors ask of the codes z of data, 0-dim; None where none of them asks anything."""
+    asked = {group: p.regulariser(z[group], mean) for group, p in prior.items() if hasattr(p, "regulariser")}
+    return total(asked) if asked else None
 
 
 def weighted(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
@@ -29,6 +36,19 @@ def weighted(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Ten
 def total(values: Mapping[str, Tensor]) -> Tensor:
     """Σ_g value_g, [N]."""
     return reduce(torch.add, values.values())
+
+
+def kl_terms(kind: str, kl: Mapping[str, Tensor]) -> Terms:
+    """Named per-sample KLs: over all groups and, where there are several, of each."""
+    named = {f"kl_{kind}": total(kl)}
+    if len(kl) > 1:
+        named.update({f"kl_{kind}.{group}": value for group, value in kl.items()})
+    return named
+
+
+def scale_of(scale: float, spec: Spec) -> float:
+    """A recipe's `scale`, where 0 stands for 1/(C·H·W)."""
+    return scale or 1.0 / spec.dims
 
 
 def entropy(q: Gaussian) -> Tensor:

@@ -6,38 +6,42 @@ import ctypes
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from siv_core.errors import UserError
 
-FACTORIES = {
-    "empty",
-    "empty_strided",
-    "zeros",
-    "ones",
-    "full",
-    "rand",
-    "randn",
-    "randint",
-}  # those whose size is their first argument
+MEMINFO = "/proc/meminfo"
+UNKNOWN = 4 << 30  # what a machine that does not say is taken to have free, in bytes
+CGROUPS = (  # limit and use of this process's container: of version 2, of version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
-def free() -> int:
-    """Bytes that this process can still get: what the system calls available, within the limit of its container."""
+def free(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process can still get there; on the CPU what the system calls available, within its container's limit."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in Path(MEMINFO).read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: all there is
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        return min(available, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return available
+    except (OSError, KeyError, ValueError):  # not Linux, which alone tells what is free: half of what there is
+        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") // 2 or UNKNOWN
+    for limit, used in CGROUPS:
+        try:
+            return min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such container, or one without a limit
+            continue
+    return available
+
+
+def size_of(*modules: nn.Module) -> int:
+    """Bytes of all parameters and buffers; of modules on the device "meta" what they would take."""
+    return sum(x.numel() * x.element_size() for module in modules for x in (*module.parameters(), *module.buffers()))
 
 
 def keep_what_is_freed() -> None:
@@ -64,20 +68,3 @@ def text(size: int) -> str:
     """13.2 GB."""
     power = max(0, min(6, int(math.log10(max(size, 1))) // 3))
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
-
-
-class Bounded(TorchDispatchMode):
-    """Within it new tensors on the CPU may take what is free at its start, and are refused before they are made."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.what, self.remedy, self.taken = what, remedy, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.overloadpacket.__name__ in FACTORIES and torch.device(kwargs.get("device") or "cpu").type == "cpu":
-            size = math.prod(args[0]) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
-            if size > 1_000_000:  # small ones are not worth a look at the system
-                need(self.what, self.taken + size, self.remedy)
-            self.taken += size
-        return func(*args, **kwargs)

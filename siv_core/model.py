@@ -1,18 +1,19 @@
-"""A trained model: encode, decode, sample, reconstruct, interpolate, combine. No training code, no pickles."""
+"""A trained model: encode, decode, sample, reconstruct, interpolate, combine; likelihoods. No training code, no pickles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from siv_core import latents, losses
 from siv_core.errors import UserError
 from siv_core.latents import Codes, Gaussian, Posterior
-from siv_core.players import Priors, make_nets, rows_of, slices, sources
+from siv_core.nets import Priors, make_nets, rows_of, slices, sources
 from siv_core.protocols import Nets, Sources, Spec
 from siv_core.seeding import Streams
 
@@ -21,7 +22,10 @@ BATCH = 256  # images that the networks see at once
 
 @frozen(eq=False)
 class Model:
-    """Networks in evaluation mode. Images go in and come out as floats of `spec.value_range`, [N, *spec.shape]."""
+    """Networks in evaluation mode. Images go in and come out as floats of `spec.value_range`, [N, *spec.shape].
+
+    The modules are those it was given: a training may go on with them. Nothing here changes a weight or a buffer of theirs.
+    """
 
     encoder: nn.Module
     decoder: nn.Module
@@ -30,20 +34,27 @@ class Model:
     groups: dict[str, int]  # latent group -> dimensions
     translate: tuple[str, str] | None  # (class group, content group) where there are two such
     device: torch.device
+    reconstruction: Callable[[Tensor, Tensor], Tensor] | None = None  # the loss it was trained with, (x, y) -> [N]
     logvar_bound: float | None = None
+    batch_statistics: int = 0  # samples of a batch whose statistics its networks took in training; 0: they took none
     name: str = ""  # which checkpoint and weights these are
+    training: bool = False
 
     @property
     def nets(self) -> Nets:
         modules = {"encoder": self.encoder, "decoder": self.decoder, "prior": self.priors}
-        return make_nets(modules, torch.sub, self.logvar_bound)
+        return make_nets(modules, self.reconstruction or torch.sub, self.logvar_bound)
+
+    def in_training_mode(self) -> Model:
+        """Copies of its networks that take the statistics of the batch they see, at most `BATCH` images, as in training."""
+        return evolve(self, encoder=copy.deepcopy(self.encoder), decoder=copy.deepcopy(self.decoder), training=True)
 
     @contextmanager
     def _quiet(self) -> Iterator[Nets]:
         players = (self.encoder, self.decoder, self.priors)
         modes = [player.training for player in players]
         for player in players:
-            player.eval()
+            player.train(self.training)
         try:
             with torch.no_grad():
                 yield self.nets
@@ -56,51 +67,101 @@ class Model:
         self._check(labels)
         with self._quiet() as nets:
             parts: list[Posterior] = [
-                nets["encoder"](*(None if part is None else part.to(self.device) for part in rows_of((x, labels), rows)))
+                nets.encoder(*(None if part is None else part.to(self.device) for part in rows_of((x, labels), rows)))
                 for rows in _batches(len(x))
             ]
         return {group: Gaussian(*map(torch.cat, zip(*(q[group] for q in parts), strict=True))) for group in parts[0]}
 
     def decode(self, codes: Codes, labels: Tensor | None = None, seed: int = 0) -> Tensor:
         """Images of codes; `seed` matters only to decoders with noise of their own."""
+        return torch.cat(list(self._decoded(codes, labels, seed)))
+
+    def _decoded(self, codes: Codes, labels: Tensor | None, seed: int) -> Iterator[Tensor]:
+        """`BATCH` images at a time, each batch with noise of its own."""
         self._check(labels)
         n = len(next(iter(codes.values())))
         given = {group: code.to(self.device) for group, code in codes.items()}
-        with self._quiet() as nets:
-            noise = self._sources().decoder(n, Streams(seed, 0, self.device), "decoder")
-            tree = (given, None if labels is None else labels.to(self.device), noise)
-            return torch.cat([nets["decoder"](*rows_of(tree, rows)) for rows in _batches(n)])
+        tree = (given, None if labels is None else labels.to(self.device))
+        for number, rows in enumerate(_batches(n)):
+            with self._quiet() as nets:
+                noise = self._sources().decoder(rows.stop - rows.start, Streams(seed, number, self.device), "decoder", "model")
+                images = nets.decoder(*rows_of(tree, rows), noise)
+            yield images
 
     def sample(self, n: int, seed: int = 0, labels: Tensor | None = None) -> Tensor:
         """n images of the prior; the same seed gives the same images. A conditional model shows its classes in turn unless
         `labels` are given."""
+        return self.decode(*self._prior_codes(n, seed, labels), seed)
+
+    def samples(self, n: int, batch: int = BATCH, seed: int = 0, labels: Tensor | None = None) -> Iterator[Tensor]:
+        """The images of `sample`, `batch` at a time: the memory they take does not grow with n, but for the codes [n, d]."""
+        waiting: list[Tensor] = []
+        there = 0
+        for images in self._decoded(*self._prior_codes(n, seed, labels), seed):
+            waiting.append(images)
+            there += len(images)
+            if there >= batch:
+                pieces = list(torch.cat(waiting).split(batch))
+                there %= batch
+                waiting = [pieces.pop()] if there else []
+                yield from pieces
+        if waiting:
+            yield torch.cat(waiting)
+
+    def _prior_codes(self, n: int, seed: int, labels: Tensor | None) -> tuple[Codes, Tensor | None]:
         if labels is None and self.spec.conditional and self.spec.classes:
             labels = torch.arange(n) % self.spec.classes
         if labels is not None:
             labels = labels.to(self.device)
         with self._quiet() as nets:
-            prior = nets["prior"](nets["encoder"])
             noise = self._sources().prior(n, Streams(seed, 0, self.device), "prior")
-            codes = {group: p.sample(noise[group], labels) for group, p in prior.items()}
-        return self.decode(codes, labels, seed)
+            return {group: p.sample(noise[group], labels) for group, p in nets.prior(frozen=True).items()}, labels
 
     def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """D of the posterior means of x."""
         return self.decode(latents.means(self.encode(x, labels)), labels)
 
-    def energy(self, x: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def energy(self, x: Tensor, labels: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
         """What x costs at its posterior mean: ‖x − D(mu)‖², and the KL to the prior of all groups in nats; each [N], float64.
 
         Their sum is −ELBO with betas of 1, as the density plots and the 2-D metrics of Soft-IntroVAE take it. `seed` matters only
         to priors with a sampled KL.
         """
-        q = self.encode(x)
-        rec = (x.to(self.device) - self.decode(latents.means(q))).double().square().flatten(1).sum(dim=1)
+        q = self.encode(x, labels)
+        rec = (x.to(self.device) - self.decode(latents.means(q), labels)).double().square().flatten(1).sum(dim=1)
+        return rec, losses.total(self.kl(q, labels, seed))
+
+    def kl(self, q: Posterior, labels: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """KL of posteriors to the prior of each group in nats: {group: [N]}, float64."""
         wide = {group: Gaussian(mu.double(), logvar.double()) for group, (mu, logvar) in q.items()}  # exp(logvar) has room
+        n = len(next(iter(q.values())).mu)
         with self._quiet() as nets:
-            noise = self._sources().kl(len(x), Streams(seed, 0, self.device), "kl")
-            kl = losses.kl(wide, nets["prior"](nets["encoder"]), noise)
-        return rec, losses.total(kl)
+            noise = self._sources().kl(n, Streams(seed, 0, self.device), "kl")
+            return losses.kl(wide, nets.prior(frozen=True), noise, None if labels is None else labels.to(self.device))
+
+    def log_weights(self, x: Tensor, draws: int, seed: int = 0, labels: Tensor | None = None, beta_rec: float = 1.0) -> Tensor:
+        """ln w_m = ln p(x ∣ z_m) + ln p(z_m) − ln q(z_m ∣ x), z_m ~ q(z ∣ x): [N, draws], float64, on the CPU.
+
+        −beta_rec · r(x, D(z)) stands for ln p(x ∣ z), up to the constant of its normalisation: logsumexp over the draws minus
+        ln draws, plus that constant, is the importance-weighted bound of Burda et al. 2016 (arXiv:1509.00519, equation 8). A
+        `UserError` where the reconstruction loss needs what is not at hand.
+        """
+        loss = self.reconstruction
+        lacking = getattr(loss, "missing", lambda: None)() if loss else "this model has no reconstruction loss"
+        if loss is None or lacking:
+            raise UserError(str(lacking))
+        getattr(loss, "prepare", lambda: None)()
+        x, labels = x.to(self.device), None if labels is None else labels.to(self.device)
+        q, columns = self.encode(x, labels), []
+        for m in range(draws):
+            z = latents.sample(q, self._sources().posterior(len(x), Streams(seed, m, self.device), "log_weights"))
+            y = self.decode(z, labels, seed)
+            with self._quiet() as nets:
+                rec = torch.cat([loss(x[rows], y[rows]) for rows in _batches(len(x))]).double()  # [N]
+                log_p = {group: p.log_prob(z[group], labels).double() for group, p in nets.prior(frozen=True).items()}
+            log_q = {group: latents.log_prob(q[group], z[group]).double() for group in q}
+            columns.append((losses.total(log_p) - losses.total(log_q) - beta_rec * rec).cpu())
+        return torch.stack(columns, dim=1)
 
     def interpolate(self, x: Tensor, y: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
         """Images [steps, N, …] on straight lines between the posterior means of x and y, ends included."""
@@ -109,9 +170,15 @@ class Model:
         lines = [{group: torch.lerp(a[group], b[group], way) for group in a} for way in ways]
         return torch.stack([self.decode(codes, labels) for codes in lines])
 
-    def combine(self, images: Mapping[str, Tensor]) -> Tensor:
-        """Images whose code of each group is the posterior mean of `images[group]`; all have the same N."""
-        return self.decode({group: self.encode(images[group])[group].mu for group in self.groups})
+    def combine(self, images: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Images whose code of each group is the posterior mean of `images[group]`; all have the same N.
+
+        Of a conditional model `labels[group]` are those of `images[group]`; the result has the labels of the class group, or
+        of the first one.
+        """
+        given = labels or {}
+        codes = {group: self.encode(images[group], given.get(group))[group].mu for group in self.groups}
+        return self.decode(codes, given.get(self.translate[0] if self.translate else next(iter(self.groups))))
 
     def _check(self, labels: Tensor | None) -> None:
         if self.spec.conditional and labels is None:

@@ -6,12 +6,14 @@ With one process everything here is the identity.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core.errors import UserError
 
@@ -42,6 +44,20 @@ class Parallel:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def mean(self, x: Tensor) -> Tensor:
+        """[N, …] to its mean over the samples of all processes, with gradient."""
+        if self.world == 1:
+            return x.mean(dim=0)
+        count = torch.tensor([len(x)], dtype=x.dtype, device=x.device)
+        total = summed(torch.cat([x.sum(dim=0).flatten(), count]))
+        return (total[:-1] / total[-1]).view(x.shape[1:])
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the main one's values, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def largest(self, value: int) -> int:
         """The largest of the processes' values: how they agree that one of them was asked to stop."""
         if self.world == 1:
@@ -53,6 +69,68 @@ class Parallel:
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier(group=self.control)
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over the processes; each of them needs the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of x over the processes, with gradient. All of them have to call it, and go backwards through it, together."""
+    total: Tensor = _Summed.apply(x)
+    return total
+
+
+class SharedBatchNorm(_BatchNorm):
+    """Batch norm over the samples of all processes, on any device (torch's own needs CUDA); in evaluation it is the plain one."""
+
+    def _check_input_dim(self, input: Tensor) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        over, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+        count = torch.tensor([x.numel() / x.shape[1]], dtype=wide.dtype, device=x.device)
+        total = summed(torch.cat([wide.sum(dim=over), count]))
+        n, mean = total[-1].detach(), total[:-1] / total[-1].detach()  # [], [C]
+        centred = wide - mean.view(shape)
+        variance = summed(centred.square().sum(dim=over)) / n  # [C]
+        self._move(mean.detach(), (variance * n / (n - 1)).detach())
+        y = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor) -> None:
+        """The running statistics, as the plain one moves them."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean), share)
+        self.running_var.lerp_(variance.to(self.running_var), share)
+
+
+def share_statistics(module: nn.Module) -> int:
+    """Let every batch norm in a module take its statistics over all processes; how many there were. Weights and names stay."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    for norm in norms:
+        norm.__class__ = SharedBatchNorm
+    return len(norms)
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -7,17 +7,21 @@ Shapes: N samples a batch, d_g dimensions of latent group g, images [N, C, H, W]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from attrs import field, frozen
 
 if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
     from torch import Generator, Tensor, nn
 
     from siv_core.latents import Codes, Gaussian, Posterior
     from siv_core.seeding import Streams
 
-Nets = Mapping[str, Any]  # "encoder", "decoder", "prior", "reconstruction" and each shadow ("decoder@target"): callables
+    Picture = NDArray[uint8]
+
 Noise = dict[str, Any]  # a tree of tensors, each with one row a sample, so that it can be sliced like the batch
 Coeffs = dict[str, Any]  # the objective's numbers as 0-dim tensors; per-group ones are {group: tensor}
 Terms = dict[str, "Tensor"]  # the very per-sample values [N] that a loss summed
@@ -45,7 +49,7 @@ class Spec:
 
 
 class Stage(NamedTuple):
-    """What `set_stage` is told when a training stage begins."""
+    """What `set_stage` is told whenever a stage is entered: when it begins, after a resume, and when a model is loaded."""
 
     number: int  # counted from 0
     shape: tuple[int, ...]  # of the samples in this stage
@@ -70,6 +74,7 @@ class Rows:
     factors: Tensor | None = None  # [M, F] int64, columns in the order of `Spec.factors`
     index: Tensor | None = None  # [N] int64: which of the M rows are this split's; None: all of them
     draw: Callable[[int, Generator], Batch] | None = None  # (n, generator) -> n samples, x of the table's type; see above
+    pyramid: Mapping[int, Tensor] = field(factory=dict)  # pixels a side -> the same M rows at that size, for stages of that size
 
     def __len__(self) -> int:
         return len(self.x if self.index is None else self.index)
@@ -102,22 +107,33 @@ class Dataset(Protocol):
 
 
 class Encoder(Protocol):
+    """Optional beside the call, for a decoder as well: `set_stage(stage)`, told at every entry of a stage, and
+    `begin(stage, batches, encode)`, called once when a stage first begins: see `Prior`; `encode` gives all groups here."""
+
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Posterior: ...
 
 
 class Decoder(Protocol):
-    """Optional beside the call: `draw(n, generator)` -> noise with n rows, `set_stage(stage)`."""
+    """Optional: `draw(n, generator, use)` -> noise with n rows for images that are used as one of `USES`."""
 
     def __call__(self, codes: Codes, labels: Tensor | None = None, noise: Any = None) -> Tensor: ...
 
 
+USES = ("rec", "prior", "again", "model")  # x_rec, x_prior, a fake decoded again (x_ff); images of a trained model
+
+
 class Networks(NamedTuple):
-    """What a `network` component builds. `translate` names (AdaIN or class group, content group) where there are such."""
+    """What a `network` component builds. `translate` names (AdaIN or class group, content group) where there are such.
+
+    `batch_statistics`: in training a sample's result depends on its batch, as with batch norm. Then micro-batches are refused,
+    several processes share their statistics, and every evaluation reports the gap between training and evaluation mode.
+    """
 
     encoder: nn.Module
     decoder: nn.Module
     groups: dict[str, int]
     translate: tuple[str, str] | None = None
+    batch_statistics: bool = False
 
 
 class ReconstructionLoss(Protocol):
@@ -127,7 +143,11 @@ class ReconstructionLoss(Protocol):
 
 
 class Distribution(Protocol):
-    """A prior as it stands in one phase."""
+    """A prior as it stands in one phase.
+
+    Optional: `regulariser(z, mean)` -> 0-dim, what an introspective encoder pays beside its ELBO for the codes z [N, d] of data.
+    `mean` maps [N, …] to its mean over the samples of the whole batch, over all processes, with gradient.
+    """
 
     def sample(self, noise: Any, labels: Tensor | None = None) -> Tensor:
         """z [N, d]."""
@@ -135,8 +155,8 @@ class Distribution(Protocol):
     def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Natural log density [N] of z [N, d]."""
 
-    def kl(self, q: Gaussian, noise: Any) -> Tensor:
-        """KL[q ‖ p] in nats [N]; `noise` is what the prior's `draw_kl` drew, None without one."""
+    def kl(self, q: Gaussian, noise: Any, labels: Tensor | None = None) -> Tensor:
+        """KL[q ‖ p] in nats [N]; `noise` is what the prior's `draw_kl` drew, None without one. With labels p is p(z ∣ y)."""
 
     def detach(self) -> Distribution: ...
 
@@ -144,8 +164,16 @@ class Distribution(Protocol):
 class Prior(Protocol):
     """The prior of one latent group: an `nn.Module`.
 
-    Optional: `draw(n, generator)` (default: standard normal [n, d]), `draw_kl(n, generator)` for a sampled KL,
-    `start(batches, encode)` once before the first step, where batches are `Batch`es of training data; `set_stage(stage)`.
+    Optional: `draw(n, generator)` (default: standard normal [n, d]); `draw_kl(n, generator)` for a sampled KL;
+    `set_stage(stage)`; `lr_factors()` -> {parameter, or a module's name for all of its parameters: factor on the learning
+    rate}, which encoders and decoders may have too; `logvar_bounds()` -> (low [d], high [d]) or None, between which the
+    encoder's log-variances of this group are kept; `batch_statistic = True` where its regulariser is no mean over samples, so
+    that batches are not cut.
+
+    `begin(stage, batches, encode)`, after `set_stage` and without gradients, exactly once when a stage first begins, never on
+    a resume or load: it may change weights and buffers in place. `batches` are an epoch of `Batch`es of training data in the
+    stage's shape, `encode` as in `realise`, in evaluation mode and without priors' bounds. Shadows take over what it changed;
+    Adam forgets what it knew of that.
     """
 
     def realise(self, encode: Callable[..., Gaussian]) -> Distribution:
@@ -155,24 +183,47 @@ class Prior(Protocol):
         """
 
 
+@frozen(eq=False)
+class Nets:
+    """What a phase calls. Networks run as the recipe says (precision, bounds on log-variances); what they return is at least
+    float32."""
+
+    encoder: Callable[..., Posterior]  # (x, labels=None) -> {group: Gaussian}
+    decoder: Callable[..., Tensor]  # (codes, labels=None, noise=None) -> x
+    realise: Callable[[], dict[str, Any]]  # -> {group: Distribution} of this phase; see `prior`
+    reconstruction: Callable[[Tensor, Tensor], Tensor]  # (x, y) -> [N]
+    shadows: Mapping[str, Callable[..., Any]] = field(factory=dict)  # "decoder@target" -> as its player
+    mean: Callable[[Tensor], Tensor] = lambda x: x.mean(dim=0)  # [N, …] -> [...] over the batch of all processes, with gradient
+    keep_graphs: bool = False  # what is carried to a later phase may have graphs, of players that do not move meanwhile
+
+    def prior(self, *, frozen: bool) -> dict[str, Any]:
+        """{group: Distribution} of this phase; frozen: no gradient reaches it. Once a phase: a prior may cost an encoding."""
+        if not frozen:
+            return self.realise()
+        import torch
+
+        with torch.no_grad():
+            prior = self.realise()
+        return {group: p.detach() for group, p in prior.items()}
+
+
 class Sources(NamedTuple):
     """Where a step's noise comes from: each draws a tree of tensors with n rows from the stream of this name."""
 
     prior: Callable[[int, Streams, str], dict[str, Any]]
     posterior: Callable[[int, Streams, str], Codes]
     kl: Callable[[int, Streams, str], dict[str, Any]]
-    decoder: Callable[[int, Streams, str], Any]
+    decoder: Callable[[int, Streams, str, str], Any]  # the last is one of `USES`
 
-
-KEEP_GRAPHS = "keep_graphs"  # stands in the carry of a first phase that may hand on tensors with their graphs
 
 # (nets, batch, noise, coeffs, carry) -> (mean loss 0-dim, per-sample terms, carry for the next phase): a pure function. What is
-# carried is detached, unless KEEP_GRAPHS allows graphs: then those of players that have not moved meanwhile
+# carried is detached, but for what `Nets.keep_graphs` allows
 PhaseLoss = Callable[[Nets, Batch, Noise, Coeffs, dict[str, Any]], "tuple[Tensor, Terms, dict[str, Any]]"]
 
 
 class Phase(NamedTuple):
-    """One update of a step: the players in `updates`, and they alone, follow the gradient of `loss`."""
+    """One update of a step: the players in `updates`, and they alone, follow the gradient of `loss`. It is left out while none
+    of them has a parameter that learns."""
 
     name: str
     updates: tuple[str, ...]
@@ -183,9 +234,11 @@ class Phase(NamedTuple):
 class Shadow:
     """A copy of a player without gradient: an average (`half_life_images`) or a hard copy every so many images or epochs."""
 
-    name: str  # nets["PLAYER@name"]
+    name: str  # nets.shadows["PLAYER@name"]
     of: str
     half_life_images: float | None = None
+    warm_up: float = 0.0  # the half-life is at most this share of the images seen; 0: the same from the start
+    average_buffers: bool = False  # else they are copied
     copy_every_images: int | None = None
     copy_every_epochs: int | None = None  # the trainer knows how many images that are
 
@@ -206,9 +259,15 @@ class Measurement(NamedTuple):
 
     values: dict[str, float | str]
     protocol: dict[str, Any]
+    pictures: Mapping[str, Picture] = MappingProxyType(
+        {}
+    )  # name -> uint8 [H, W, 3], written into the run's images as METRIC_NAME.png
 
 
 class Metric(Protocol):
+    """Optional: `draw(models, data, seed, count)` -> a picture of one model or of several {title: model} side by side, with
+    `count` samples, for data that is no image and so has no picture else; `data` is None where it is not at hand."""
+
     def needs(self) -> Iterable[str]:
         """What is not at hand, each with its remedy; asked before training. What needs it is then skipped."""
 

@@ -21,6 +21,7 @@ from siv_core.layers import Layer, Places, merge, overlay, read, setting, tree_o
 FORMAT = 1
 PLAYERS = ("encoder", "decoder", "prior")
 STAGED = ("objective", "optim", "train", "data")  # what a stage may change; of train only batch, of data only size
+EVERY = "every"
 FREE = re.compile(r"metrics|stages\[\d+\]\.length|train\.(tick|preview|checkpoint|keep_every|residency)")  # see `differences`
 
 
@@ -52,6 +53,8 @@ class ShadowOptions:
 
     of: tuple[str, ...] = option(PLAYERS, doc="the players to average", choices=PLAYERS)
     half_life: Length = option(Length(10_000, "images"), doc="after this long a weight counts half")
+    warm_up: float = option(0.0, doc="the half-life is at most this share of the images seen so far; 0: never shorter", ge=0)
+    buffers: str = option("copy", doc="what is no weight, such as a batch norm's statistics", choices=("copy", "average"))
 
 
 @frozen
@@ -67,6 +70,7 @@ class Train:
     deterministic: bool = option(False, doc="on CUDA: only algorithms that give the same bits again")
     channels_last: bool = option(False, doc="memory layout of images and convolutions")
     conditional: bool = option(False, doc="give the labels to the networks")
+    horizontal_flips: bool = option(False, doc="mirror each training image left to right with probability 1/2")
     logvar_bound: float = option(20.0, doc="log-variances are clamped to ± this; 0 leaves them free", ge=0)
     clip_gradient: float = option(0.0, doc="largest gradient norm of a phase; 0: no clipping", ge=0)
     residency: str = option("auto", doc="where the data lies; never changes a bit", choices=("auto", "device", "host"))
@@ -74,6 +78,13 @@ class Train:
     preview: Length = option(Length(1000, "steps"), doc="a preview picture every so long, and two early ones")
     checkpoint: Length = option(Length(1000, "steps"), doc="a checkpoint every so long, and at the end")
     keep_every: int = option(0, doc="keep every so many-th checkpoint beside the two newest; 0: none", ge=0)
+
+
+@frozen
+class Cadence:
+    """What a `[metrics.NAME]` table may say beside the metric's own options."""
+
+    every: Length | None = option(None, doc="measure during training too, every so long")
 
 
 @frozen
@@ -91,6 +102,9 @@ class StageOptions:
 
     length: Length = option(doc="how long this stage lasts")
     fade: float = option(0.0, doc="share of the stage over which what is new fades in", ge=0, le=1)
+    fade_shape: str = option(
+        "linear", doc="in images seen: t, or the smooth t²(3 − 2t) that starts and ends at rest", choices=("linear", "smooth")
+    )
     reset_optimisers: bool = option(False, doc="forget the moments at the start of this stage")
 
 
@@ -111,7 +125,19 @@ class StagePlan:
     batch: int
     size: int | None = None
     fade: float = 0.0
+    fade_shape: str = "linear"
     reset_optimisers: bool = False
+
+
+@frozen
+class MetricPlan:
+    """A metric a recipe asked for, and how often beside the end of training."""
+
+    choice: Choice
+    every: Length | None = None
+
+    def tree(self) -> dict[str, Any]:
+        return {**self.choice.tree(), **({"every": str(self.every)} if self.every else {})}
 
 
 @frozen
@@ -127,7 +153,7 @@ class Recipe:
     stages: tuple[StagePlan, ...]
     train: Train
     shadow: ShadowOptions | None
-    metrics: dict[str, Choice]
+    metrics: dict[str, MetricPlan]
     init: Init | None
     profiles: tuple[str, ...]
     automatic_profile: bool
@@ -157,7 +183,7 @@ class Recipe:
             ],
             "train": {key: value for key, value in plain(self.train).items() if key != "length"},
             "shadow": plain(self.shadow) if self.shadow else None,
-            "metrics": {name: choice.tree() for name, choice in self.metrics.items()},
+            "metrics": {name: plan.tree() for name, plan in self.metrics.items()},
             "init": plain(self.init) if self.init else None,
         }
 
@@ -269,10 +295,7 @@ class _Reader:
                 del tree[key]  # what is wrong with the rest is told as well
         train = self.options(Train, tree, "train")
         data = self.choice("dataset", tree.get("data"), "data")
-        metrics = {
-            key: self.choice("metric", {"name": key, **table} if isinstance(table, dict) else table, f"metrics.{key}")
-            for key, table in tree.get("metrics", {}).items()
-        }
+        metrics = {key: self.metric(key, table, f"metrics.{key}") for key, table in tree.get("metrics", {}).items()}
         parts = {
             "data": data,
             "network": self.network(tree.get("network")),
@@ -307,6 +330,14 @@ class _Reader:
         rest = {key: value for key, value in table.items() if key != "name"}
         config = structure(component.config, rest, where, self.problems)
         return None if config is None else Choice(kind, component.name, config)
+
+    def metric(self, name: str, table: Any, where: str) -> MetricPlan | None:
+        if not isinstance(table, dict):
+            return self.choice("metric", table, where)  # type: ignore[return-value]  # None, with the reason
+        rest = {key: value for key, value in table.items() if key != EVERY}
+        choice = self.choice("metric", {"name": name, **rest}, where)
+        cadence = structure(Cadence, {key: table[key] for key in table.keys() & {EVERY}}, where, self.problems)
+        return MetricPlan(choice, cadence.every) if choice and cadence else None
 
     def network(self, table: Any) -> tuple[Choice | None, ...]:
         if isinstance(table, dict) and "name" not in table and {"encoder", "decoder"} <= table.keys():
@@ -357,6 +388,7 @@ class _Reader:
             batch=batch.batch if batch else tree.get("train", {}).get("batch", Train().batch),
             size=data.size if data else None,
             fade=options.fade,
+            fade_shape=options.fade_shape,
             reset_optimisers=options.reset_optimisers,
         )
 

@@ -16,7 +16,8 @@ from attrs import frozen
 from siv_core import files
 from siv_core.errors import UserError
 
-FORMAT = 1
+# Of manifest.json, status.json and the JSONL files; resolved.json has the recipe's. 1 is siv 0.1's: its terms had other names.
+FORMAT = 2
 JSONL = ("stats", "metrics")
 REMEDIES = {
     "resolved": "bring it back from a copy, or start the run over from its recipe.toml in another folder",
@@ -96,6 +97,16 @@ class RunDir:
     def manifest(self) -> dict[str, Any]:
         return self._json("manifest")
 
+    def to_go_on(self) -> None:
+        """A `UserError` where a run of an earlier format can be used, but not gone on with."""
+        manifest = self.manifest()
+        if manifest["format"] < FORMAT:
+            version = manifest["libraries"].get("siv", "an earlier version")
+            raise UserError(
+                f"{self.path}: a run of siv {version} (format {manifest['format']}; this one goes on with format {FORMAT}): go on"
+                f' with that version (pip install "siv=={version}"), or start a new run from its weights ([init] run = "…")'
+            )
+
     def _json(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files, if it has all that is taken from it."""
         path = self.path / f"{name}.json"
@@ -103,7 +114,7 @@ class RunDir:
             value = files.read_json(path)
         except UserError as error:
             raise UserError([f"{line}; {REMEDIES[name]}" for line in error.problems]) from error
-        wrong = files.format_problem(value, path, FORMAT)
+        wrong = files.format_problem(value, path, 1 if name == "resolved" else FORMAT, oldest=1)
         if wrong:
             raise UserError(wrong)
         for key, kind in KEYS.get(name, {}).items():

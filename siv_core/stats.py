@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from siv_core.errors import Diverged, UserError
 from siv_core.parallel import Parallel
-from siv_core.protocols import Terms
 
 RECENT = 64  # steps whose values wait to be added at once: a vector a step is cheap, adding it to sums at once is not
 
@@ -21,6 +20,7 @@ class Stats:
     """Sums over samples since the last flush, one vector a phase: its terms in order, then `loss` and `gradient_norm`."""
 
     parallel: Parallel
+    device: torch.device = field(factory=lambda: torch.device("cpu"))  # of what is restored
     names: dict[str, list[str]] = field(factory=dict)  # phase -> names of the vector's entries
     sums: dict[str, Tensor] = field(factory=dict)  # float64 [len(names)]
     bad_step: dict[str, Tensor] = field(factory=dict)  # int64 [len(names)]: first step with a non-finite value, or -1
@@ -29,15 +29,14 @@ class Stats:
     recent: dict[str, list[tuple[int, int, Tensor]]] = field(factory=dict)  # (step, samples, vector) that wait to be added
 
     @torch.no_grad()
-    def add(self, phase: str, step: int, n: int, terms: list[Terms], loss: Tensor, gradient_norm: Tensor) -> None:
-        """One phase of one step: the terms of this process's micro-batches and its share of the loss of `n` samples."""
-        if self.names.get(phase) != [*terms[0], "loss", "gradient_norm"]:
-            self.names[phase] = [*terms[0], "loss", "gradient_norm"]
-            self.sums[phase] = torch.zeros(len(self.names[phase]), dtype=torch.float64, device=loss.device)
+    def add(self, phase: str, step: int, n: int, terms: Sequence[str], row: Tensor, gradient_norm: Tensor) -> None:
+        """One phase of one step of `n` samples: this process's row [T + 1] of sums over its samples and its share of the loss."""
+        if self.names.get(phase) != [*terms, "loss", "gradient_norm"]:
+            self.names[phase] = [*terms, "loss", "gradient_norm"]
+            self.sums[phase] = torch.zeros(len(self.names[phase]), dtype=torch.float64, device=row.device)
             self._watch(phase)
             self.samples[phase], self.recent[phase] = 0, []
-        sums = reduce(torch.add, [torch.stack(list(micro.values())).sum(dim=1) for micro in terms])
-        self.recent[phase].append((step, n, torch.cat([sums, torch.stack([loss, gradient_norm])])))
+        self.recent[phase].append((step, n, torch.cat([row, gradient_norm[None]])))
         self.samples[phase] += n
         if len(self.recent[phase]) == RECENT:
             self.add_recent()
@@ -99,7 +98,7 @@ class Stats:
         self.sums, self.bad_step, self.bad_means, self.names, self.samples, self.recent = {}, {}, {}, {}, {}, {}
         return result
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON for a checkpoint between two ticks: the sums of all processes, which have to ask together."""
         self.add_recent()
         sums = {phase: vector.clone() for phase, vector in self.sums.items()}
@@ -107,12 +106,13 @@ class Stats:
         return sums, {"names": self.names, "samples": self.samples}
 
     def restore(self, tensors: dict[str, Tensor], data: dict[str, Any], where: str) -> None:
-        """What `state` gave; the main process goes on with all of it, the others from zero."""
+        """What `kept` gave; the main process goes on with all of it, the others from zero."""
         needed = {phase: (torch.float64, (len(names),)) for phase, names in data["names"].items()}
         if {phase: (sums.dtype, tuple(sums.shape)) for phase, sums in tensors.items()} != needed:
             raise UserError(f"{where}: these sums are not those that state.json names")
         self.names, self.samples = data["names"], data["samples"]
-        self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in tensors.items()}
+        on_device = {phase: sums.to(self.device) for phase, sums in tensors.items()}
+        self.sums = {phase: sums if self.parallel.main else torch.zeros_like(sums) for phase, sums in on_device.items()}
         self.recent = {phase: [] for phase in tensors}
         for phase in tensors:
             self._watch(phase)

@@ -86,7 +86,7 @@ def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], known: Catalogue, board
             try:
                 made = build.build(recipes[name], known, at_hand[name])
                 lacking = build.missing(made)
-                steps[key] = UserError(lacking) if lacking else record.ends_of(made)[-1]
+                steps[key] = UserError(lacking) if lacking else record.schedule_of(made).total
             except UserError as error:
                 steps[key] = error
         found = steps[key]

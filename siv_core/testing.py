@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from siv_core import convert
+from siv_core.build import network_problems
 from siv_core.component import Component
 from siv_core.latents import Gaussian, means
-from siv_core.players import Priors, make_nets, sources, tree_map
-from siv_core.protocols import Batch, Networks, Objective, Spec
+from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
+from siv_core.protocols import Batch, Networks, Objective, Spec, Stage
 from siv_core.seeding import Streams, normal, stream_seed
-from siv_core.trainer import tensors_of
+from siv_core.step import tensors_of
 
 N = 4  # samples of a check
 IMAGES = Spec(shape=(3, 32, 32), classes=5, factors={"one": 2, "two": 2})
@@ -62,18 +63,21 @@ def example(spec: Spec, n: int = N) -> Tensor:
 
 def check_network(networks: Networks, spec: Spec) -> None:
     """Shapes, groups, finite values and gradients, the same result twice, and no call of a global random function."""
+    wrong = next(network_problems(networks), None)
+    assert wrong is None, wrong
     x, labels = example(spec), torch.arange(N) % (spec.classes or 1) if spec.conditional else None
     state = torch.random.get_rng_state()
+    set_stage(networks[:2], Stage(0, spec.shape, torch.ones(())))
     nets = make_nets({"encoder": networks.encoder, "decoder": networks.decoder}, torch.sub)
-    q = nets["encoder"](x, labels)
+    q = nets.encoder(x, labels)
     assert q.keys() == networks.groups.keys(), f"groups {list(networks.groups)} are declared, the encoder gives {list(q)}"
     for group, dim in networks.groups.items():
         assert q[group].mu.shape == q[group].logvar.shape == (N, dim), f"group {group}: mu and logvar must be [N, {dim}]"
     draw = getattr(networks.decoder, "draw", None)
-    noise = draw(N, torch.Generator().manual_seed(0)) if draw else None
-    y = nets["decoder"](means(q), labels, noise)
+    noise = draw(N, torch.Generator().manual_seed(0), "rec") if draw else None
+    y = nets.decoder(means(q), labels, noise)
     assert y.shape == x.shape, f"the decoder gives {list(y.shape)} for data of {list(x.shape)}"
-    again = nets["decoder"](means(nets["encoder"](x, labels)), labels, noise)
+    again = nets.decoder(means(nets.encoder(x, labels)), labels, noise)
     assert torch.equal(y, again), "the same input gave another output: draw noise in `draw`, never in `forward`"
     assert torch.equal(state, torch.random.get_rng_state()), "a global random function was called"
     loss = y.square().sum() + sum(g.mu.square().sum() + g.logvar.square().sum() for g in q.values())
@@ -83,8 +87,6 @@ def check_network(networks: Networks, spec: Spec) -> None:
         for (name, _), gradient in zip(named, gradients, strict=True):
             assert gradient is not None, f"{player}.{name}: no gradient reaches it"
             assert gradient.isfinite().all(), f"{player}.{name}: its gradient is not finite"
-    if networks.translate:
-        assert set(networks.translate) <= networks.groups.keys(), f"translate {networks.translate} names unknown groups"
 
 
 def check_reconstruction(loss: Any, spec: Spec) -> None:
@@ -101,16 +103,22 @@ def check_reconstruction(loss: Any, spec: Spec) -> None:
 
 
 def check_prior(prior: Any, dim: int, spec: Spec) -> None:
-    """Samples and densities of the right shape, a KL that is the sampled one, and `detach` that stops gradients."""
+    """Samples and densities of the right shape, a KL that is the sampled one, and `detach` that stops gradients.
+
+    `set_stage` and `begin` are called first, in this order, as when training begins.
+    """
 
     def encode(x: Tensor, labels: Tensor | None = None) -> Gaussian:
         flat = x.flatten(1)[:, :dim]
         return Gaussian(flat, flat - 1)
 
     generator = torch.Generator().manual_seed(stream_seed(0, "test"))
-    if hasattr(prior, "start"):
+    stage = Stage(0, spec.shape, torch.ones(()))
+    set_stage([prior], stage)
+    if hasattr(prior, "begin"):
+        labels = torch.arange(64) % (spec.classes or 1) if spec.conditional else None
         with torch.no_grad():
-            prior.start(iter([Batch(example(spec, 64))]), encode)
+            prior.begin(stage, iter([Batch(example(spec, 64), labels)]), encode)
     distribution = prior.realise(encode)
     draw = getattr(prior, "draw", None)
     noise = draw(512, generator) if draw else normal(512, dim, generator)
@@ -121,6 +129,12 @@ def check_prior(prior: Any, dim: int, spec: Spec) -> None:
     draw_kl = getattr(prior, "draw_kl", None)
     value = distribution.kl(q, draw_kl(512, generator) if draw_kl else None)
     assert value.shape == (512,), "kl gives [N]"
+    if hasattr(prior, "logvar_bounds") and prior.logvar_bounds() is not None:
+        low, high = prior.logvar_bounds()
+        assert low.shape == high.shape == (dim,), "logvar_bounds gives two tensors [d]"
+        assert (low <= high).all(), "a lower bound is above its upper one"
+    if hasattr(distribution, "regulariser"):
+        assert distribution.regulariser(q.mu, lambda x: x.mean(dim=0)).shape == (), "a regulariser is 0-dim"
     points = q.mu + torch.randn(q.mu.shape, generator=generator) * (0.5 * q.logvar).exp()
     log_q = torch.distributions.Normal(q.mu, (0.5 * q.logvar).exp()).log_prob(points).sum(dim=1)
     difference = (value - (log_q - distribution.log_prob(points))).detach()
@@ -241,7 +255,7 @@ class _ToyPrior(torch.nn.Module):
     def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1)
 
-    def kl(self, q: Gaussian, noise: Any) -> Tensor:
+    def kl(self, q: Gaussian, noise: Any, labels: Tensor | None = None) -> Tensor:
         from siv_core.latents import kl_standard
 
         return kl_standard(q)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from siv_core import build, catalogue, recipe
+from siv_core import build, catalogue, recipe, stage
 from siv_core.latents import kl_standard
 from siv_core.parallel import Parallel
 from siv_core.rundir import RunDir
@@ -97,7 +97,7 @@ def main() -> None:
     ours = trainer(arguments.recipe, arguments.profile, arguments.set)
     theirs = trainer(arguments.recipe, arguments.profile, arguments.set)
     last = len(ours.built.recipe.stages) - 1
-    active = ours.enter(last, 0, 1)
+    active = stage.enter(ours, last)
     bound = theirs.built.recipe.train.logvar_bound
     numbers, shape = dict(active.objective.coeffs), active.shape
     networks, lr = theirs.built.networks, active.plan.optim[""].lr
@@ -108,7 +108,7 @@ def main() -> None:
         ours.step(active)
         between = time.perf_counter()
         positions = theirs.order.take(i * active.plan.batch, active.plan.batch)
-        x = theirs.feed.take(positions, shape, theirs.memory_format).x
+        x = theirs.feed.batch(positions, shape, theirs.layout).x
         noise = {g: torch.randn(len(x), dim) for g, dim in networks.groups.items()}
         naive_step(networks, optimisers, x, noise, numbers, numbers["scale"], theirs.built.reconstruction, bound)
         ended = time.perf_counter()

@@ -69,6 +69,17 @@ def train(recipe: str, run_dir: str, *sets: str) -> None:
     session.run(recipe, run_dir=Path(run_dir), sets=sets, device="cpu")
 
 
+def train_with_toys(recipe: str, run_dir: str) -> None:
+    """As `train`, with the components of `toys`."""
+    import toys
+
+    from siv_core import catalogue, session
+
+    known = toys.with_toys(catalogue.load())
+    catalogue.load = lambda: known
+    session.run(recipe, run_dir=Path(run_dir), device="cpu")
+
+
 def train_quickly(recipe: str, run_dir: str) -> None:
     draw_quickly()
     train(recipe, run_dir)

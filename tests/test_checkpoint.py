@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from siv_core import checkpoint
+from siv_core.checkpoint import Checkpoint
 from siv_core.errors import UserError
 from siv_core.players import Player
 
@@ -53,7 +54,8 @@ def saved(tmp_path):
 
 def test_what_is_saved_is_loaded(saved):
     assert saved.name == "step_00000010"
-    loaded, state = checkpoint.load(saved)
+    opened = Checkpoint.open(saved)
+    loaded, state = opened.tensors, opened.state
     expected = tensors()
     assert {name: file.keys() for name, file in loaded.items()} == {name: file.keys() for name, file in expected.items()}
     for name, file in expected.items():
@@ -113,7 +115,7 @@ def test_damage_is_named(saved, harm, words):
     harm(saved)
     assert any(words in line for line in checkpoint.problems(saved))
     with pytest.raises(UserError, match=words):
-        checkpoint.load(saved)
+        Checkpoint.open(saved)
 
 
 def test_a_state_cannot_point_outside(saved, tmp_path):
@@ -229,7 +231,7 @@ def test_a_pickle_under_our_names_is_not_read(saved, protocol):
     state["files"]["encoder.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (saved / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"encoder.safetensors: damaged, not safetensors"):
-        checkpoint.load(saved)
+        Checkpoint.open(saved)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_state_that_siv_does_not_write_is_named(saved, change, words):
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps({**state, **change}))
     with pytest.raises(UserError, match=words):
-        checkpoint.load(saved)
+        Checkpoint.open(saved)
 
 
 def test_the_one_before_a_damaged_one_is_offered(tmp_path):
@@ -265,7 +267,7 @@ def test_the_one_before_a_damaged_one_is_offered(tmp_path):
         "the checkpoint of step 5 before it is whole: --checkpoint 5 takes it, and a resume does so once step_00000015 is moved"
     )
     with pytest.raises(UserError, match=words):
-        checkpoint.load(tmp_path / "step_00000015")
+        Checkpoint.open(tmp_path / "step_00000015")
     flip(tmp_path / "step_00000005" / "encoder.safetensors")
     assert checkpoint.offer(tmp_path / "step_00000015") == []
 
@@ -308,7 +310,7 @@ def test_weights_and_moments_come_back(tmp_path):
     path = checkpoint.save(
         tmp_path, 3, {"m": first.module.state_dict(), "o": checkpoint.optimiser_tensors(first.module, first.optimiser)}, STATE
     )
-    loaded, _ = checkpoint.load(path)
+    loaded = Checkpoint.open(path).tensors
     second = trained(1)  # something else in its place
     checkpoint.restore_module(second.module, loaded["m"], "here")
     checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"], "here")
@@ -330,7 +332,7 @@ def test_weights_and_moments_come_back_in_the_layout_of_the_network(tmp_path):
     first.step([torch.randn_like(parameter) for parameter in first.parameters])
     moments = checkpoint.optimiser_tensors(first.module, first.optimiser)
     path = checkpoint.save(tmp_path, 1, {"m": first.module.state_dict(), "o": moments}, STATE)
-    loaded, _ = checkpoint.load(path)
+    loaded = Checkpoint.open(path).tensors
     checkpoint.restore_module(second.module, loaded["m"], "here")
     checkpoint.restore_optimiser(second.module, second.optimiser, loaded["o"], "here")
     expected = {**first.module.state_dict(), **moments}

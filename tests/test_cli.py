@@ -178,7 +178,7 @@ def test_a_run_directory_holds_everything(trained):
     for name in ("resolved", "manifest", "status"):
         assert json.loads((run / f"{name}.json").read_text())["format"] == 1
     for name in ("stats", "metrics"):
-        assert json.loads((run / f"{name}.jsonl").read_text().splitlines()[0]) == {"format": 1}
+        assert json.loads((run / f"{name}.jsonl").read_text().splitlines()[0]) == {"format": 2}
     assert "finished at step 12" in (run / "log.txt").read_text()
     for name in ("samples", "reconstructions", "curves", "preview_00000001"):
         with Image.open(run / "images" / f"{name}.png") as picture:
@@ -209,7 +209,7 @@ def test_statistics_and_metrics_are_lines(trained):
     lines = run.read("stats")
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert [line["images_seen"] for line in lines] == [192, 384, 576, 768]
-    assert {"rec_real", "kl_real", "exp_elbo_fake", "loss", "gradient_norm"} <= lines[0]["phases"]["encoder"].keys()
+    assert {"rec_real", "kl_real", "exp_elbo_prior", "loss", "gradient_norm"} <= lines[0]["phases"]["encoder"].keys()
     metrics = run.read("metrics")
     assert metrics
     for line in metrics:

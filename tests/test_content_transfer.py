@@ -21,7 +21,7 @@ from torchvision.models import vgg
 
 from siv_core import Model, Rows, Spec, UserError
 from siv_core.errors import Stopped
-from siv_core.players import Priors
+from siv_core.nets import Priors
 
 FACTORS = {"model": 6, "elevation": 2, "azimuth": 3}
 HELD_OUT = 4  # of the models

@@ -16,7 +16,7 @@ from siv_core.errors import UserError
 from siv_core.evaluate import measure
 from siv_core.latents import Gaussian
 from siv_core.model import Model
-from siv_core.players import Priors
+from siv_core.nets import Priors
 from siv_core.protocols import Batch, Rows, Spec
 from siv_core.testing import build_seeded
 
@@ -213,7 +213,7 @@ def taken(catalogue, model, data, **options):
     component = catalogue.get("metric", "density2d")
     metric = component.build(component.config(**{**QUICK, **options}), data.spec, model.groups, None)
     calls = []
-    lines = measure({"density2d": metric}, model, data, {}, lambda what, done, total: calls.append(what))
+    lines, _ = measure({"density2d": metric}, model, data, {}, lambda what, done, total: calls.append(what))
     assert {"density2d: energy on the grid", "density2d: official kl", "density2d: clean histograms"} <= set(calls)
     return {line["name"]: line.get("value", line.get("skipped")) for line in lines}, lines[0]["protocol"]
 
@@ -353,5 +353,5 @@ def test_a_table_and_other_shapes_are_refused_in_words(catalogue):
     model, data = linear_model(catalogue, 4.0, 0.6, -1.0), GaussianData(0.5, 4.0)
     metric = component.build(component.config(), data.spec, model.groups, None)
     data.rows = lambda split: Rows(torch.zeros(9, 2))
-    [line] = measure({"density2d": metric}, model, data, {}, lambda what, done, total: None)
+    ([line], _) = measure({"density2d": metric}, model, data, {}, lambda what, done, total: None)
     assert "needs a data set that draws its samples" in line["skipped"]

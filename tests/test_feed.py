@@ -70,11 +70,11 @@ def test_a_fade_of_one_changes_no_bit():
 
 
 def test_positions_are_those_of_the_split():
-    batch = feed.Feed(ROWS, SPEC, CPU, "auto", conditional=True).take(torch.tensor([0, 15, 3, 3]), SPEC.shape, CONTIGUOUS)
+    batch = feed.Feed(ROWS, SPEC, CPU, "auto", conditional=True).batch(torch.tensor([0, 15, 3, 3]), SPEC.shape, CONTIGUOUS)
     rows = [19, 4, 16, 16]
     assert torch.equal(batch.x, STORED[rows].float() * (1 / 255))
     assert batch.labels.tolist() == [row % 5 for row in rows]
-    without = feed.Feed(ROWS, SPEC, CPU, "auto", conditional=False).take(torch.tensor([0]), SPEC.shape, CONTIGUOUS)
+    without = feed.Feed(ROWS, SPEC, CPU, "auto").batch(torch.tensor([0]), SPEC.shape, CONTIGUOUS)
     assert without.labels is None
 
 
@@ -96,10 +96,10 @@ def test_residency_never_changes_a_bit(tmp_path, stored, shape):
     rows = evolve(ROWS, x=x)
     feeds = {place: feed.Feed(rows, SPEC, CPU, place, conditional=True) for place in ("device", "host", "auto")}
     assert [feeds[place].residency for place in ("device", "host", "auto")] == ["device", "host", "device"]
-    assert feeds["host"].x is x
-    assert feeds["device"].x.data_ptr() != x.data_ptr()
+    assert feeds["host"].tables[0] is x
+    assert feeds["device"].tables[0].data_ptr() != x.data_ptr()
     positions = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    batches = [one.take(positions, shape, CONTIGUOUS) for one in feeds.values()]
+    batches = [one.batch(positions, shape, CONTIGUOUS) for one in feeds.values()]
     for batch in batches[1:]:
         assert torch.equal(batch.x, batches[0].x)
         assert torch.equal(batch.labels, batches[0].labels)
@@ -109,23 +109,8 @@ def test_residency_never_changes_a_bit(tmp_path, stored, shape):
 
 
 def test_the_memory_layout_is_the_one_asked_for():
-    one = feed.Feed(ROWS, SPEC, CPU, "device", conditional=False)
-    plain, last = (one.take(torch.arange(4), SPEC.shape, layout) for layout in (CONTIGUOUS, torch.channels_last))
+    one = feed.Feed(ROWS, SPEC, CPU, "device")
+    plain, last = (one.batch(torch.arange(4), SPEC.shape, layout) for layout in (CONTIGUOUS, torch.channels_last))
     assert plain.x.is_contiguous()
     assert last.x.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain.x, last.x)
-
-
-@pytest.mark.parametrize(
-    ("known", "free"),
-    [
-        ({"SC_AVPHYS_PAGES": 3, "SC_PHYS_PAGES": 10}, 3 * 4096),
-        ({"SC_PHYS_PAGES": 10}, 5 * 4096),
-        ({}, 4 << 30),
-    ],
-)
-def test_a_machine_that_does_not_say_what_is_free(monkeypatch, known, free):
-    sizes = {**known, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(feed.os, "sysconf_names", sizes)
-    monkeypatch.setattr(feed.os, "sysconf", sizes.__getitem__)
-    assert feed._free_bytes(CPU) == free

@@ -209,7 +209,7 @@ def try_picture(good: Good, rng: np.random.Generator, folder: Path) -> None:
 
     from siv_core import own_pictures
     from siv_core.model import Model
-    from siv_core.players import Priors
+    from siv_core.nets import Priors
     from siv_core.protocols import Spec
 
     name = str(rng.choice(sorted(good)))

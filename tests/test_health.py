@@ -11,15 +11,16 @@ import torch
 import toys
 from toys import SMALL
 
-from siv_core import session
+from siv_core import session, stage
 from siv_core.convert import Length
 from siv_core.errors import Diverged
-from siv_core.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, judge, stage_at
+from siv_core.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, judge
 from siv_core.recipe import Choice, Optim, StagePlan, Train
 from siv_core.rundir import RunDir
+from siv_core.schedule import Schedule
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
-HEALTHY = {"kl_real": 20.0, "kl_fake": 22.0, "logvar_real": 4.0, "loss": 1.0, "gradient_norm": 0.1}
+HEALTHY = {"kl_real": 20.0, "kl_prior": 22.0, "logvar_real": 4.0, "loss": 1.0, "gradient_norm": 0.1}
 
 
 def ticks(*means, every=100, first=0, phase="encoder", **common):
@@ -50,7 +51,7 @@ def test_what_lasts_is_found(wrong, expected):
 
 
 def test_the_first_ticks_are_left_alone():
-    wrong = {"kl_real": 0.0, "kl_fake": 0.0}
+    wrong = {"kl_real": 0.0, "kl_prior": 0.0}
     lasting = [("collapse", "kl_real"), ("no margin", "kl_real")]
     assert [kinds(ticks(*[wrong] * n)) for n in (1, 9, 10)] == [[], [], lasting]
     assert [kinds(ticks(*[wrong] * n, every=10)) for n in (10, 49, 50)] == [[], [], lasting]  # 500 steps, however short the ticks
@@ -87,14 +88,14 @@ def test_an_objective_without_these_terms_is_judged_by_its_gradient_alone():
 
 
 def plan(steps=100_000, **objective):
-    from siv_core.objectives import SoftIntroVAEConfig
+    from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig
 
     choice = Choice("objective", "soft_intro_vae", SoftIntroVAEConfig(**objective))
     return StagePlan(Length(steps, "steps"), choice, {"": Optim(lr=3e-4), "encoder": Optim(lr=1e-4)}, 64)
 
 
 def monitor(*ends):
-    return Monitor([plan()] * len(ends), Train(), {"z": 10}, ends)
+    return Monitor(Schedule((plan(),) * len(ends), tuple(ends)), Train(), {"z": 10})
 
 
 def test_a_warning_is_told_once_and_again_when_it_came_back():
@@ -117,7 +118,7 @@ def test_a_warning_names_step_phase_term_and_what_to_try():
     watch = monitor(4000)
     [text] = [text for line in ticks(*[{"kl_real": 25.0}] * 12) for text in watch.see(line)]
     assert text.splitlines() == [
-        "warning: step 1000, phase 'encoder', kl_real: 25 nats, not below kl_fake (22) for 1,000 steps: the encoder does not"
+        "warning: step 1000, phase 'encoder', kl_real: 25 nats, not below kl_prior (22) for 1,000 steps: the encoder does not"
         " tell data from generated samples",
         "what to try: a warm-up stage of the objective 'vae' before this one, a smaller objective.beta_kl (now 1), a lower"
         " learning rate (now optim.lr 0.0003, optim.encoder.lr 0.0001)",
@@ -153,7 +154,7 @@ def test_advice_shows_the_users_own_values(kind, words):
 
 
 def test_the_stage_of_a_step():
-    assert [stage_at([10, 25], step) for step in (0, 1, 10, 11, 25)] == [0, 0, 0, 1, 1]
+    assert [Schedule((), (10, 25)).made(step) for step in (0, 1, 10, 11, 25)] == [0, 0, 0, 1, 1]
 
 
 # -- real runs -------------------------------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_what_is_not_finite_names_step_phase_term_values_and_what_to_try(tmp_pat
 
 def test_the_values_of_the_first_bad_step_are_told(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, toys.tree())
-    active = t.enter(0, 0, 4)
+    active = stage.enter(t, 0)
     t.step(active)
     with torch.no_grad():
         next(t.players["decoder"].module.parameters()).fill_(torch.nan)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from siv_core import feed, session
+from siv_core import feed, opened
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -23,7 +23,8 @@ def test_digits_recipe_reconstructs_and_samples_digits(tmp_path, siv):
     """A 1-NN on the real training digits judges: 90 % of held-out reconstructions keep their label, samples show all ten."""
     done = siv("run", RECIPES / "digits.toml", "--run-dir", tmp_path / "run", "--device", "cpu", seconds=800)
     assert done.returncode == 0, done.stderr
-    built, model, _, _ = session.open_run(tmp_path / "run", "last", "raw", "cpu")
+    one = opened.open_run(tmp_path / "run", "last", "raw", "cpu")
+    built, model = one.built, one.model
     splits = {}
     for split in ("train", "held_out"):
         rows = built.dataset.rows(split)

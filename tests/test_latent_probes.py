@@ -13,7 +13,7 @@ from siv_plugins import latent_probes as plugin
 from torch import Tensor, nn
 
 from siv_core import Model, Rows, Spec, UserError
-from siv_core.players import Priors
+from siv_core.nets import Priors
 
 FACTORS = {"model": 4, "elevation": 2, "azimuth": 3}
 CELLS = torch.cartesian_prod(*(torch.arange(n) for n in FACTORS.values()))

@@ -122,7 +122,7 @@ def test_kl_by_group_and_its_weighted_sum():
         def __init__(self, shift):
             self.shift = shift
 
-        def kl(self, q, noise):
+        def kl(self, q, noise, labels):
             return kl_standard(Gaussian(q.mu - self.shift, q.logvar)) + (0 if noise is None else noise)
 
     q = {"a": posterior(), "b": posterior(seed=1)}

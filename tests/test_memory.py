@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from torch import nn
 
 from siv_core import build, inspect, memory
 from siv_core.errors import UserError
@@ -40,16 +39,33 @@ def test_free_is_between_nothing_and_all():
     assert 10_000_000 < memory.free() < 10**15
 
 
-def test_tensors_beyond_what_is_free_are_refused_before_they_are_made(monkeypatch):
-    monkeypatch.setattr(memory, "free", lambda: 100_000_000)
-    with memory.Bounded("network: its weights", "fewer or narrower layers"):
-        layers = [nn.Linear(2000, 2000) for _ in range(5)]  # 16 MB each
-        with pytest.raises(UserError, match=r"network: its weights would take at least 112 MB of memory, 100 MB are free here"):
-            layers += [nn.Linear(2000, 2000) for _ in range(5)]
-        with pytest.raises(UserError, match=r"would take at least 4\.61 EB"):
-            torch.empty(2**60, dtype=torch.float32)
-        nn.Linear(10**6, 10**6, device="meta")  # takes nothing
-    nn.Linear(2000, 2000)
+@pytest.mark.parametrize(
+    ("meminfo", "pages", "limits", "free"),
+    [
+        ("MemTotal: 100 kB\nMemAvailable:   40 kB\n", {}, (), 40 * 1024),
+        ("MemAvailable: 40 kB\n", {}, [("10000", "4000")], 6000),  # the container's limit is the smaller one
+        ("MemAvailable: 40 kB\n", {}, [("max", "4000")], 40 * 1024),  # version 2 without a limit
+        ("MemAvailable: 40 kB\n", {}, [(None, None), ("9223372036854771712", "4000")], 40 * 1024),  # version 1 without one
+        (None, {"SC_PHYS_PAGES": 10}, (), 5 * 4096),  # no Linux: half of what there is
+        (None, {}, (), 4 << 30),
+    ],
+)
+def test_what_is_free_is_read_where_the_machine_says_it(monkeypatch, tmp_path, meminfo, pages, limits, free):
+    def told(name, text):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(memory, "MEMINFO", told("meminfo", meminfo))
+    monkeypatch.setattr(memory, "CGROUPS", [(told(f"limit{i}", a), told(f"used{i}", b)) for i, (a, b) in enumerate(limits)])
+    monkeypatch.setattr(memory.os, "sysconf_names", pages)
+    monkeypatch.setattr(memory.os, "sysconf", {**pages, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert memory.free() == free
+
+
+def test_weights_are_counted_before_they_are_made(made, catalogue):
+    built = made()
+    assert build._weights_in_bytes(built.recipe, catalogue, built.spec) == memory.size_of(*built.modules.values()) > 0
 
 
 def test_weights_come_out_as_without_the_guard(made):
@@ -61,7 +77,7 @@ def test_weights_come_out_as_without_the_guard(made):
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
-        (("network.hidden=[65536, 65536]",), "network: its weights would take at least 17.2 GB of memory, 1 GB are free here"),
+        (("network.hidden=[65536, 65536]",), "network: its weights would take at least 34.4 GB of memory, 1 GB are free here"),
         (("network.z_dim=100000",), "--set network.z_dim=100000: network.z_dim: must be >= 1 and <= 65536, got 100000"),
         (("train.batch=1000000000000",), "train.batch: training with 1,000,000,000,000 would take at least 280 TB of memory"),
         (("train.batch=9223372036854775807",), "train.batch: training with 9,223,372,036,854,775,807 would take at least "),
@@ -69,14 +85,14 @@ def test_weights_come_out_as_without_the_guard(made):
     ],
 )
 def test_a_recipe_that_asks_for_too_much(made, monkeypatch, catalogue, sets, told):
-    monkeypatch.setattr(memory, "free", lambda: 1_000_000_000)
+    monkeypatch.setattr(memory, "free", lambda device="cpu": 1_000_000_000)
     with pytest.raises(UserError) as error:
         build.room(made(*sets), on_cpu=True)
     assert told in str(error.value)
 
 
 def test_a_check_takes_no_memory_for_the_batch(made, monkeypatch):
-    monkeypatch.setattr(memory, "free", lambda: 10**18)
+    monkeypatch.setattr(memory, "free", lambda device="cpu": 10**18)
     built = made("train.batch=1000000000000")
     small = made("train.batch=1000000")
     assert inspect.flops(built, 0) == 10**6 * inspect.flops(small, 0)

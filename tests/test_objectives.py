@@ -14,13 +14,14 @@ from torch.distributions import Normal, kl_divergence
 
 from siv_core.component import per_group
 from siv_core.errors import UserError
-from siv_core.intro_vae import IntroVAEConfig, build_intro_vae
-from siv_core.objectives import SoftIntroVAEConfig, VAEConfig, build_soft_intro_vae, build_vae
-from siv_core.players import Priors, make_nets, sources
+from siv_core.nets import Priors, make_nets, sources
+from siv_core.objectives.intro_vae import IntroVAEConfig, build_intro_vae
+from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig, build_soft_intro_vae
+from siv_core.objectives.vae import VAEConfig, build_vae
 from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
+from siv_core.step import tensors_of
 from siv_core.testing import toy_networks
-from siv_core.trainer import tensors_of
 
 SPEC = Spec(shape=(2, 3, 3))
 N = 5
@@ -93,7 +94,7 @@ def sg(codes):
     return {g: z.detach() for g, z in codes.items()}
 
 
-def naive_encoder_half(s, noise, b, form, scale, alpha, fakes=("rec", "fake"), target_decoder=None):
+def naive_encoder_half(s, noise, b, form, scale, alpha, fakes=("rec", "prior"), target_decoder=None):
     """The canonical step, encoder half, one sample at a time, with requires_grad switched as the published code does."""
     for p in s.naive_D.parameters():
         p.requires_grad_(False)
@@ -106,7 +107,7 @@ def naive_encoder_half(s, noise, b, form, scale, alpha, fakes=("rec", "fake"), t
         elbo = b["beta_rec"] * squared(s.x, x_r)[i] + sum(b["beta_kl"][g] * kl[g][i] for g in kl)
         total = total + scale * elbo / N
     for name in fakes:
-        fake, own = {"rec": x_r, "fake": x_p}[name], noise["encoder_phase"][name]
+        fake, own = {"rec": x_r, "prior": x_p}[name], noise["encoder_phase"][name]
         q_f = s.naive_E(fake if form == "paper" else fake.detach())
         x_ff = (target_decoder or s.naive_D)(naive_sample(q_f, own["codes"]))
         target = fake.detach() if form == "full" else fake
@@ -120,7 +121,7 @@ def naive_encoder_half(s, noise, b, form, scale, alpha, fakes=("rec", "fake"), t
     return total, [p.grad.clone() for p in s.naive_E.parameters()], sg(z)
 
 
-def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p, fakes=("rec", "fake")):
+def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p, fakes=("rec", "prior")):
     """The decoder half, with the encoder as it is after its update."""
     s.naive_D.zero_grad()
     for p in s.naive_E.parameters():
@@ -128,7 +129,7 @@ def naive_decoder_half(s, noise, b, form, scale, gamma, gamma_r, z, z_p, fakes=(
     x_r, x_p = s.naive_D(z), s.naive_D(z_p)
     total = scale * b["beta_rec"] * squared(s.x, x_r).mean()
     for name in fakes:
-        fake, own = {"rec": x_r, "fake": x_p}[name], noise["decoder_phase"][name]
+        fake, own = {"rec": x_r, "prior": x_p}[name], noise["decoder_phase"][name]
         q_f = s.naive_E(fake)
         z_f = naive_sample(q_f, own["codes"])
         paper = form == "paper"
@@ -144,7 +145,7 @@ def agree(ours, naive):
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-14)
 
 
-ALGORITHMS = {1: ("fake",), 2: ("rec", "fake")}
+ALGORITHMS = {1: ("prior",), 2: ("rec", "prior")}
 
 
 def update_encoders(s):
@@ -222,9 +223,9 @@ def test_vae_is_the_weighted_elbo(groups):
 
 # what the published forms differ in, written down a second time: (fakes, batch mean, factor of their sum, decoder's weight)
 FORMS = {
-    "table2": (("fake",), False, 1.0, "beta_neg"),
-    "introvae": (("rec", "fake"), False, 1.0, "beta_neg"),
-    "hhb072": (("rec", "fake"), True, 0.5, "beta_kl"),
+    "table2": (("prior",), False, 1.0, "beta_neg"),
+    "introvae": (("rec", "prior"), False, 1.0, "beta_neg"),
+    "hhb072": (("rec", "prior"), True, 0.5, "beta_kl"),
 }
 # between the KLs of the samples and above their mean: the hinge of each sample and of the batch differ, and neither is silent
 MARGINS = {"one": 0.334, "two": {"class": 0.07, "content": 0.186}}
@@ -246,7 +247,7 @@ def test_intro_vae_is_each_published_form(preset, groups):
     s.naive_E.load_state_dict(toy_networks(SPEC, s.groups, torch.float64).encoder.state_dict())
     q = s.naive_E(s.x)
     z = naive_sample(q, noise["posterior"])
-    x = {"rec": s.naive_D(z), "fake": s.naive_D(noise["prior"])}
+    x = {"rec": s.naive_D(z), "prior": s.naive_D(noise["prior"])}
     naive_e = b["beta_rec"] * squared(s.x, x["rec"]).mean() + sum(b["beta_kl"][g] * k.mean() for g, k in naive_kl(q).items())
     beyond = []
     for name in fakes:
@@ -263,7 +264,7 @@ def test_intro_vae_is_each_published_form(preset, groups):
     agree(list(grads_e["encoder"]), list(torch.autograd.grad(naive_e, list(s.naive_E.parameters()))))
 
     s.naive_E.load_state_dict(s.E.state_dict())
-    x = {"rec": s.naive_D(sg(z)), "fake": s.naive_D(noise["prior"])}
+    x = {"rec": s.naive_D(sg(z)), "prior": s.naive_D(noise["prior"])}
     naive_d = b["beta_rec"] * squared(s.x, x["rec"]).mean()
     for name in fakes:
         naive_d = naive_d + factor * sum(b[decoder_weight][g] * k.mean() for g, k in naive_kl(s.naive_E(x[name])).items())
@@ -273,14 +274,14 @@ def test_intro_vae_is_each_published_form(preset, groups):
 
 
 def test_the_settings_of_intro_vae_override_its_preset():
-    spelt = {"fakes": ("rec", "fake"), "hinge": "batch", "average": "mean", "decoder_weight": "beta_kl"}
+    spelt = {"fakes": ("rec", "prior"), "hinge": "batch", "average": "mean", "decoder_weight": "beta_kl"}
     one, other = (
         build_intro_vae(c, SPEC, {"z": 2}) for c in (IntroVAEConfig(preset="hhb072"), IntroVAEConfig(preset="table2", **spelt))
     )
     assert one.phases[0].loss.keywords == other.phases[0].loss.keywords
     assert one.phases[1].loss.keywords == other.phases[1].loss.keywords
     assert one.coeffs == other.coeffs
-    with pytest.raises(UserError, match=r'objective.fakes: needs "fake"'):
+    with pytest.raises(UserError, match=r'objective.fakes: needs "prior"'):
         build_intro_vae(IntroVAEConfig(fakes=("rec",)), SPEC, {"z": 2})
 
 
@@ -344,7 +345,7 @@ def test_bootstrap_decodes_fakes_again_by_the_target(groups):
 
     s.naive_E.load_state_dict(s.E.state_dict())
     naive_d = 0.11 * b["beta_rec"] * squared(s.x, s.naive_D(z)).mean()
-    for name, codes in (("rec", z), ("fake", noise["prior"])):
+    for name, codes in (("rec", z), ("prior", noise["prior"])):
         fake = s.naive_D(codes)
         q = s.naive_E(fake)
         again = target(naive_sample(q, noise["decoder_phase"][name]["codes"]))
@@ -391,9 +392,9 @@ def test_terms_are_what_was_summed():
     coeffs = tensors_of(objective.coeffs, torch.device("cpu"))
     loss, terms, _ = objective.phases[0].loss(nets, Batch(s.x), noise, coeffs, {})
     kl = sum(config.beta_kl[g] * terms[f"kl_real.{g}"] for g in s.groups)
-    again = (config.beta_rec * terms["rec_real"] + kl) / SPEC.dims + (terms["exp_elbo_rec"] + terms["exp_elbo_fake"]) / 4
+    again = (config.beta_rec * terms["rec_real"] + kl) / SPEC.dims + (terms["exp_elbo_rec"] + terms["exp_elbo_prior"]) / 4
     torch.testing.assert_close(again.mean(), loss)
-    torch.testing.assert_close(terms["kl_fake"], terms["kl_fake.class"] + terms["kl_fake.content"])
+    torch.testing.assert_close(terms["kl_prior"], terms["kl_prior.class"] + terms["kl_prior.content"])
 
 
 def test_the_loss_is_float32_under_bf16_networks():
@@ -401,10 +402,10 @@ def test_the_loss_is_float32_under_bf16_networks():
     nets = make_nets(
         {"encoder": s.E.float(), "decoder": s.D.float()}, squared, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
     )
-    q = nets["encoder"](s.x.float())["z"]
+    q = nets.encoder(s.x.float())["z"]
     assert q.mu.dtype == q.logvar.dtype == torch.float32
-    assert nets["decoder"]({"z": q.mu}).dtype == torch.float32
-    assert make_nets({"encoder": s.naive_E}, squared)["encoder"](s.x)["z"].mu.dtype == torch.float64
+    assert nets.decoder({"z": q.mu}).dtype == torch.float32
+    assert make_nets({"encoder": s.naive_E}, squared).encoder(s.x)["z"].mu.dtype == torch.float64
 
 
 def test_log_variances_are_bounded_in_one_place():
@@ -412,6 +413,6 @@ def test_log_variances_are_bounded_in_one_place():
         def forward(self, x):
             return {"z": (x, x * 1e3)}
 
-    q = make_nets({"encoder": Wild()}, squared, logvar_bound=20.0)["encoder"](torch.tensor([[-1.0, 1.0]]))["z"]
+    q = make_nets({"encoder": Wild()}, squared, logvar_bound=20.0).encoder(torch.tensor([[-1.0, 1.0]]))["z"]
     assert q.logvar.tolist() == [[-20.0, 20.0]]
-    assert make_nets({"encoder": Wild()}, squared)["encoder"](torch.tensor([[1.0]]))["z"].logvar.item() == 1e3
+    assert make_nets({"encoder": Wild()}, squared).encoder(torch.tensor([[1.0]]))["z"].logvar.item() == 1e3

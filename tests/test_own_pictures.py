@@ -16,7 +16,7 @@ from torch import nn
 from siv_core import cli_data, own_pictures
 from siv_core.errors import UserError
 from siv_core.model import Model
-from siv_core.players import Priors
+from siv_core.nets import Priors
 from siv_core.protocols import Spec
 
 

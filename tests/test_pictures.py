@@ -12,8 +12,8 @@ from siv_core import evaluate, feed, own_pictures, pictures
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
 from siv_core.model import Model
-from siv_core.players import Priors
-from siv_core.protocols import Measurement, Spec
+from siv_core.nets import Priors
+from siv_core.protocols import Batch, Measurement, Spec
 
 GAP = 2
 
@@ -153,7 +153,7 @@ def test_reconstructions_stand_below_their_originals(count):
 
 def test_translating_needs_two_groups():
     with pytest.raises(UserError, match="this model has the latent groups z"):
-        evaluate.translation(doubling(), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+        evaluate.translation(doubling(), Batch(torch.zeros(1, 1, 2, 2)), Batch(torch.zeros(1, 1, 2, 2)))
 
 
 class Pair(nn.Module):
@@ -171,7 +171,7 @@ def test_translation_takes_class_by_row_and_content_by_column():
         Pair(), Pair(), Priors({}), Spec((1, 2, 2)), {"class": 1, "content": 1}, ("class", "content"), torch.device("cpu")
     )
     classes, contents = torch.rand(2, 1, 2, 2), torch.rand(3, 1, 2, 2)
-    cells = evaluate.translation(model, classes, contents).cells.unflatten(0, (2, 3))
+    cells = evaluate.translation(model, Batch(classes), Batch(contents)).cells.unflatten(0, (2, 3))
     for i in range(2):
         for j in range(3):
             assert torch.equal(cells[i, j, 0, 0], classes[i, 0, 0, :1].expand(2))
@@ -200,7 +200,9 @@ class Metric:
 
 def test_a_metric_that_cannot_be_taken_stops_no_other():
     metrics = {"bad": Metric("no factors"), "good": Metric()}
-    lines = evaluate.measure(metrics, None, None, {"by": "run"}, lambda what, done, total: None)
+    lines, drawn = evaluate.measure(metrics, None, None, {"by": "run"}, lambda what, done, total: None)
+    assert drawn == {}
+    assert all(line.pop("wall")["seconds"] >= 0 for line in lines)
     assert lines == [
         {"metric": "bad", "name": "all", "skipped": "no factors; and more", "protocol": {}, "by": "run"},
         {"metric": "good", "name": "one", "value": 1.0, "protocol": {"how": "so"}, "by": "run"},

@@ -8,15 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from attrs import evolve
 from matplotlib.figure import Figure
 from PIL import Image
+from siv_plugins import density2d as plane
 
-from siv_core import apply, evaluate, plane, session
+from siv_core import apply, evaluate, opened, session
 from siv_core.errors import UserError
-from siv_core.protocols import Spec
 
-SPEC = Spec((2,), kind="array", value_range=(-2.0, 2.0))
 RED = np.array([200, 55, 31])
 
 
@@ -32,9 +30,12 @@ def centre_of(mask):
 
 def test_samples_and_density_are_where_they_belong():
     """Samples at (1, −1) are right and low in the left half, a density at (−1, 1) is left and high in the right half."""
-    points = plane.grid((-2.0, 2.0), 60)
+    points = plane.square((-2.0, 2.0), 60)
     energy = ((points - torch.tensor([-1.0, 1.0])) ** 2).sum(dim=1).mul(20).unflatten(0, (60, 60))
-    picture = plane.draw([plane.Panel(around(1, -1), energy)], (-2.0, 2.0))
+    figure, [(first, second)] = plane.canvas(1, 2)
+    plane.draw_samples(first, around(1, -1), None, 2.0)
+    plane.draw_density(second, energy, 2.0)
+    picture = plane.pixels(figure)
     assert picture.dtype == np.uint8
     left, right = np.split(picture, 2, axis=1)
     x, y = centre_of(np.abs(left.astype(int) - RED).sum(axis=2) < 60)
@@ -46,31 +47,15 @@ def test_samples_and_density_are_where_they_belong():
     assert 0.6 < y < 0.9
 
 
-def test_several_models_stand_side_by_side():
-    energy = torch.zeros(10, 10)
-    one = plane.draw([plane.Panel(around(0, 0), energy)], (-2.0, 2.0))
-    four = plane.draw([plane.Panel(around(0, 0), energy, around(0, 0), title) for title in "abcd"], (-2.0, 2.0))
-    assert four.shape[1] == 2 * one.shape[1]
-    assert four.shape[0] == 2 * one.shape[0]
-    assert plane.draw([plane.Panel(around(0, 0))], (-2.0, 2.0)).shape[1] == one.shape[1] // 2  # no density, no panel for it
-
-
 def test_titles_count_and_tell_what_is_outside():
     axes = Figure().subplots()
     samples = torch.cat([around(0, 0), torch.tensor([[3.0, 0.0], [0.0, -9.0], [math.nan, 0.0], [0.0, math.inf]])])
-    plane.draw_samples(axes, plane.Panel(samples, data=around(1, 1, 1000)), (-2.0, 2.0))
+    plane.draw_samples(axes, samples, around(1, 1, 1000), 2.0)
     assert axes.get_title() == "1,000 of data (grey), 204 samples, 4 outside"
-    plane.draw_samples(axes, plane.Panel(around(0, 0), data=around(1, 1), title="VAE"), (-2.0, 2.0))
+    plane.draw_samples(axes, around(0, 0), around(1, 1), 2.0, "VAE")
     assert axes.get_title() == "VAE\n200 of data (grey), 200 samples"
-    plane.draw_density(axes, plane.Panel(samples, torch.tensor([[math.log(2), math.inf], [math.nan, 3.0]])), (-2.0, 2.0))
+    plane.draw_density(axes, torch.tensor([[math.log(2), math.inf], [math.nan, 3.0]]), 2.0)
     assert axes.get_title() == "exp(ELBO), at most 0.5"
-
-
-def test_which_data_is_drawn():
-    assert evaluate.drawable(SPEC)
-    assert evaluate.drawable(Spec((1, 8, 8)))
-    for spec in (evolve(SPEC, shape=(3,)), evolve(SPEC, conditional=True, classes=2)):
-        assert not evaluate.drawable(spec)
 
 
 RECIPE = """
@@ -88,13 +73,18 @@ name = "vae"
 batch = 32
 length = "4 steps"
 preview = "2 steps"
+[metrics.density2d]
+redraws = 2
+clean_samples = 1000
 """
 
 
 @pytest.fixture(scope="module")
 def coarse():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "PLANE_GRID", 30)
+        patch.setattr(plane, "DRAWN_GRID", 30)
+        patch.setattr(plane, "GRID", 30)
+        patch.setattr(plane, "DATA_POINTS", 100)
         yield
 
 
@@ -112,19 +102,21 @@ def test_a_run_draws_previews_and_a_last_picture(run, name):
 
 
 def test_sampling_draws_with_and_without_the_data(run, tmp_path):
-    built, model, _, _ = session.open_run(run.path, "last", "auto", "cpu")
-    told = apply.sample(model, tmp_path, 50, 0, built.dataset)
+    one = opened.open_run(run.path, "last", "auto", "cpu")
+    model, metrics = one.model, one.built.metrics()
+    told = apply.sample(model, tmp_path, 50, 0, metrics, one.built.dataset)
     assert [path.rpartition("/")[2] for path in told["files"]] == ["samples.safetensors", "samples.png"]
     assert told["notes"] == []
     absent = SimpleNamespace(missing=lambda: "fetch it")
-    told = apply.sample(model, tmp_path, 50, 0, absent)
+    told = apply.sample(model, tmp_path, 50, 0, metrics, absent)
     assert told["notes"] == ["samples without the data, which is not at hand: fetch it"]
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("samples", "samples-2")]
     assert not np.array_equal(*pictures)  # only the first has the data below
 
 
 def test_reconstructing_points_needs_no_picture_and_takes_none(run, tmp_path):
-    built, model, _, _ = session.open_run(run.path, "last", "auto", "cpu")
+    one = opened.open_run(run.path, "last", "auto", "cpu")
+    model, built = one.model, one.built
     told = apply.reconstruct(model, built.dataset, tmp_path, [], 0)
     assert [path.rpartition("/")[2] for path in told["files"]] == ["reconstructions.safetensors"]
     assert told["notes"] == ["held-out samples of the run's data"]
@@ -132,8 +124,39 @@ def test_reconstructing_points_needs_no_picture_and_takes_none(run, tmp_path):
         apply.reconstruct(model, built.dataset, tmp_path, [tmp_path / "a.png"], 0)
 
 
-def test_two_runs_side_by_side(run):
-    built, model, _, _ = session.open_run(run.path, "last", "auto", "cpu")
-    picture = evaluate.in_plane({"VAE": model, "Soft-IntroVAE": model}, built.dataset, 0)
-    assert picture.shape[1] == 2 * plane.PIXELS
-    assert picture.shape[0] > 1.9 * plane.PIXELS
+def test_several_models_side_by_side(run):
+    one = opened.open_run(run.path, "last", "auto", "cpu")
+    metrics = one.built.metrics()
+    alone, two, four = (
+        evaluate.draw(dict.fromkeys(titles, one.model), metrics, one.built.dataset, 0, 50) for titles in ("a", "ab", "abcd")
+    )
+    assert alone.shape[1] == two.shape[1] == four.shape[1] / 2 == 2 * plane.PIXELS
+    assert two.shape[0] == four.shape[0] == 2 * alone.shape[0]
+
+
+def test_a_measurement_draws_what_it_compared(run):
+    with Image.open(run.path / "images/density2d_histograms.png") as picture:
+        assert picture.width == 3 * plane.PIXELS
+    figure_of = plane.draw_histograms
+    binned = [np.array([4.0, 0, 0, 0, 0]), np.array([0.0, 0, 0, 3, 1])]  # data low and left, model high and right or outside
+    picture = figure_of(binned, 2.0)
+    _, middle, surplus = np.split(picture.astype(int), 3, axis=1)
+    x, y = centre_of(middle[40:-40, 40:-20].sum(axis=2) > 300)
+    assert x > 0.5
+    assert y > 0.5
+    x, y = centre_of((surplus[..., 0] - surplus[..., 2])[40:-40, 40:-20] > 60)  # red: where the model has more
+    assert x > 0.5
+    assert y > 0.5
+
+
+def test_data_without_a_metric_that_draws_it_is_told(tmp_path):
+    (tmp_path / "plain.toml").write_text(RECIPE.partition("[metrics")[0])
+    said = []
+
+    class Listener(session.Silent):
+        def say(self, line):
+            said.append(line)
+
+    done = session.run(tmp_path / "plain.toml", run_dir=tmp_path / "run", device="cpu", watcher=Listener())
+    assert any("[metrics.density2d]" in line for line in said)
+    assert [path.name for path in (done.path / "images").iterdir()] == ["curves.png"]

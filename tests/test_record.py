@@ -12,7 +12,7 @@ import pytest
 import torch
 import toys
 
-from siv_core import apply, checkpoint, session
+from siv_core import apply, checkpoint, opened, record, session
 from siv_core.errors import UserError
 from siv_core.rundir import RunDir
 
@@ -65,8 +65,9 @@ def lines(run: Path, name: str) -> list[dict]:
 
 
 def evaluate(run: Path) -> None:
-    built, model, found, path = session.open_run(run, "last", "auto", "cpu")
-    session.append_metrics(built, model, found, path, "auto", session.Silent())
+    one = opened.open_run(run, "last", "auto", "cpu")
+    about = record.measured_as(one.built, one.model, "evaluate", one.step)
+    record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, session.Silent(), None)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(run):
@@ -89,7 +90,7 @@ def test_what_evaluate_measured_outlasts_a_resume(run):
     after = lines(run, "metrics")
     assert after[: len(evaluated)] == evaluated
     assert {line["checkpoint"] for line in after[len(evaluated) :]} == {"step_00000010"}
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) == {"format": 1}
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) == {"format": 2}
 
 
 def test_earlier_starts_are_remembered(run):
@@ -149,20 +150,20 @@ def test_without_a_whole_checkpoint_nothing_is_cut(run):
 
 
 def test_averages_are_used_where_there_are_some(run):
-    auto, ema, raw = (session.load(run, weights=weights, device="cpu") for weights in ("auto", "ema", "raw"))
+    auto, ema, raw = (opened.load(run, weights=weights, device="cpu") for weights in ("auto", "ema", "raw"))
     assert [model.name for model in (auto, ema, raw)] == [f"step_00000008, {name} weights" for name in ("ema", "ema", "raw")]
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(auto.reconstruct(x), ema.reconstruct(x))
     assert not torch.equal(auto.reconstruct(x), raw.reconstruct(x))
     with pytest.raises(UserError, match="weights 'mean': expected raw, ema or auto"):
-        session.load(run, weights="mean", device="cpu")
+        opened.load(run, weights="mean", device="cpu")
 
 
 def test_raw_weights_where_there_are_no_averages(tiny, tmp_path):
     session.run(tiny, run_dir=tmp_path / "run", device="cpu")
-    assert session.load(tmp_path / "run", device="cpu").name.endswith("raw weights")
+    assert opened.load(tmp_path / "run", device="cpu").name.endswith("raw weights")
     with pytest.raises(UserError, match=r"no averaged weights; a recipe keeps them with a \[shadow\] table"):
-        session.load(tmp_path / "run", weights="ema", device="cpu")
+        opened.load(tmp_path / "run", weights="ema", device="cpu")
 
 
 def test_a_model_is_loaded_without_its_data(tmp_path, monkeypatch):
@@ -175,14 +176,14 @@ def test_a_model_is_loaded_without_its_data(tmp_path, monkeypatch):
     )
     (tmp_path / "r.toml").write_text(text)
     session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu")
-    before = session.load(tmp_path / "run", device="cpu").sample(3)
+    before = opened.load(tmp_path / "run", device="cpu").sample(3)
     (tmp_path / "own.h5").unlink()
-    model = session.load(tmp_path / "run", device="cpu")
+    model = opened.load(tmp_path / "run", device="cpu")
     assert model.spec.shape == (1, 4, 4)
     assert torch.equal(model.sample(3), before)
-    built, *_ = session.open_run(tmp_path / "run", "last", "auto", "cpu")
+    built = opened.open_run(tmp_path / "run", "last", "auto", "cpu").built
     with pytest.raises(UserError, match="not at hand: there is no file"):
-        session.need_data(built, session.Silent().progress)
+        opened.need_data(built, session.Silent().progress)
 
 
 def test_the_automatic_profile_is_told_once(tmp_path, monkeypatch):
@@ -207,7 +208,7 @@ def test_a_conditional_run_shows_its_classes(tmp_path):
     x = torch.rand(2, 1, 8, 8)
     with pytest.raises(UserError, match="takes a label for each image"):
         model.reconstruct(x)
-    data = session.open_run(tmp_path / "run", "last", "auto", "cpu")[0].dataset
+    data = opened.open_run(tmp_path / "run", "last", "auto", "cpu").built.dataset
     written = apply.reconstruct(model, data, tmp_path / "outputs", (), 0)["files"]
     assert [Path(path).name for path in written] == ["reconstructions.safetensors", "reconstructions.png"]
     assert model.interpolate(x, x, 3, labels=torch.tensor([1, 2])).shape == (3, 2, 1, 8, 8)
@@ -227,7 +228,7 @@ def test_a_conditional_run_shows_its_classes(tmp_path):
             '{"format": 1, "recipe": "r"}',
             r"manifest.json: damaged, 'automatic_profile' is missing or not what siv writes",
         ),
-        ("manifest", '{"format": 9}', r"manifest.json: format 9 is of a newer siv, this one reads 1: update it"),
+        ("manifest", '{"format": 9}', r"manifest.json: format 9 is of a newer siv, this one reads 2: update it"),
         ("resolved", "[]", r"resolved.json: damaged, it does not give its format"),
         ("resolved", '{"format": 0}', r"resolved.json: format 0 is of an older siv, this one reads 1: use the one that manifest"),
         ("resolved", '{"format": 1}', r"holds another run; these differ"),
@@ -257,7 +258,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(run, tmp_path):
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step_00000008", newest)
     words = r"step_00000008: saved by another recipe; these differ:\ntrain.seed: .*\nthe checkpoint of step 6 before it is whole"
     with pytest.raises(UserError, match=words):
-        session.load(run, device="cpu")
+        opened.load(run, device="cpu")
     (run / "status.json").unlink()
     with pytest.raises(UserError, match=words):
         session.resume(run, device="cpu")
@@ -268,8 +269,8 @@ def test_a_damaged_newest_checkpoint_is_not_replaced_in_silence(run):
     with pytest.raises(
         UserError, match=r"prior.safetensors: missing\nthe checkpoint of step 6 before it is whole: --checkpoint 6"
     ):
-        session.load(run, device="cpu")
-    assert session.load(run, checkpoint="6", device="cpu").name == "step_00000006, ema weights"
+        opened.load(run, device="cpu")
+    assert opened.load(run, checkpoint="6", device="cpu").name == "step_00000006, ema weights"
 
 
 def test_a_stage_that_the_recipe_does_not_have(run):
@@ -277,7 +278,7 @@ def test_a_stage_that_the_recipe_does_not_have(run):
     path.write_text(json.dumps({**json.loads(path.read_text()), "stage": {"number": 2, "fade": 1}}))
     words = r"step_00000008: saved in stage 2, which this recipe does not have\nthe checkpoint of step 6 before it is whole"
     with pytest.raises(UserError, match=words):
-        session.load(run, device="cpu")
+        opened.load(run, device="cpu")
 
 
 def test_what_a_killed_process_had_yet_to_prune_goes_at_the_next_start(run):

@@ -66,7 +66,7 @@ def test_lines_after_a_checkpoint_are_taken_back(tmp_path):
     (run.checkpoints / ".siv-tmp-17-step_00000002").mkdir()
     run.cut(offsets)
     assert run.read("stats") == [{"step": 1, "loss": "nan"}]
-    assert (run.path / "stats.jsonl").read_text().splitlines()[0] == '{"format": 1}'
+    assert (run.path / "stats.jsonl").read_text().splitlines()[0] == '{"format": 2}'
     assert not (run.path / "metrics.jsonl").exists()
     assert not list(run.path.rglob(".siv-tmp-*"))
     run.cut({"stats": 10_000, "metrics": 0})
@@ -83,7 +83,7 @@ def test_lines_of_evaluate_stay(tmp_path):
     for _ in range(2):
         run.cut({"metrics": 0})
         assert run.read("metrics") == [{"by": "evaluate", "value": 2}]
-        assert (run.path / "metrics.jsonl").read_text().splitlines()[0] == '{"format": 1}'
+        assert (run.path / "metrics.jsonl").read_text().splitlines()[0] == '{"format": 2}'
     offsets = run.offsets()
     run.append("metrics", {"by": "run", "value": 4})
     run.append("metrics", {"by": "evaluate", "value": 5})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siv_core.latents import Gaussian
-from siv_core.players import rows_of, slices, tree_map
+from siv_core.nets import rows_of, slices, tree_map
 from siv_core.seeding import DataOrder, Streams, mix32, normal, stream_seed
 from siv_core.testing import leaves
 

@@ -17,26 +17,27 @@ from safetensors.torch import load_file
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siv_core import build, inspect, session
+from siv_core import build, inspect, session, stage
 from siv_core.component import per_group
 from siv_core.errors import Diverged, UserError
-from siv_core.objectives import SoftIntroVAEConfig, build_soft_intro_vae
+from siv_core.nets import Priors, make_nets, sources
+from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig, build_soft_intro_vae
 from siv_core.parallel import Parallel
-from siv_core.players import Priors, make_nets, sources
 from siv_core.protocols import Batch, Spec
 from siv_core.recipe import parse
 from siv_core.seeding import Streams
 from siv_core.session import Silent
 from siv_core.stats import Stats
+from siv_core.step import tensors_of
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
-from siv_core.trainer import Trainer, tensors_of
+from siv_core.trainer import Trainer
 
 
 def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, toys.tree())
-    active = t.enter(0, 0, 4)
+    active = stage.enter(t, 0)
     noise = active.objective.draw(64, Streams(0, 0), active.sources)
-    batch = t.feed.take(torch.arange(64), active.shape, torch.contiguous_format)
+    batch = t.feed.batch(torch.arange(64), active.shape, torch.contiguous_format)
     carries = [{}]
     for phase in active.objective.phases:
         before = {name: toys.weights(t, name) for name in t.players}
@@ -57,15 +58,15 @@ def test_vamp_prior_learns_through_the_encoder_in_the_warm_up_and_rests_later(ca
     assert [list(line["phases"]) for line in lines] == [["vae"]] * 3 + [["encoder", "decoder"]] * 3
 
     t = toys.trainer(catalogue, tmp_path / "again", toys.tree(prior={"name": "vamp"}, stages=stages, train=train))
-    t.start_priors()
-    first_images = t.feed.take(t.order.take(0, 5), t.built.spec.shape, torch.contiguous_format).x
+    active = stage.enter(t, 0)
+    first_images = t.feed.batch(t.order.take(0, 5), t.built.spec.shape, torch.contiguous_format).x
     assert torch.equal(t.built.priors.groups["z"].pseudo_inputs, first_images)
     start = toys.weights(t, "prior")
-    t.step(t.enter(0, 0, 3))
+    t.step(active)
     after_warm_up = toys.weights(t, "prior")
     assert not toys.same(start, after_warm_up)
     t.counters.step = 3
-    t.step(t.enter(1, 3, 3))
+    t.step(stage.enter(t, 1))
     assert toys.same(after_warm_up, toys.weights(t, "prior"))
 
 
@@ -106,7 +107,7 @@ def test_bootstrap_target_is_a_shadow(catalogue, tmp_path):
     [target] = t.followers
     assert target.key == "decoder@target"
     assert toys.same(target.module.state_dict(), toys.weights(t, "decoder"))  # starts as a copy, not as noise
-    active, states = t.enter(0, 0, 4), []
+    active, states = stage.enter(t, 0), []
     for _ in range(4):
         t.step(active)
         t.counters.step += 1
@@ -128,7 +129,7 @@ def test_average_follows_by_its_half_life(catalogue, tmp_path):
     assert t.run() == "finished"
     # half-life = batch: each step is the mean of the average and the decoder, so 4 steps leave a sixteenth of the start
     t2 = toys.trainer(catalogue, tmp_path / "again", recipe)
-    expected, active = start, t2.enter(0, 0, 4)
+    expected, active = start, stage.enter(t2, 0)
     for _ in range(4):
         t2.step(active)
         t2.counters.step += 1
@@ -183,19 +184,19 @@ def test_a_loss_over_the_whole_batch_is_not_cut(catalogue, tmp_path):
             catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64, "micro_batch": 16, "length": "2 steps"})
         )
     t = toys.trainer(catalogue, tmp_path, toys.tree(objective=objective, train={"batch": 64, "length": "2 steps"}))
-    with pytest.raises(UserError, match="cannot be shared by several processes"):
-        Trainer.of(t.built, t.rundir, t.device, Parallel(rank=0, world=2), Silent())
+    Trainer.of(t.built, t.rundir, t.device, Parallel(rank=0, world=2), Silent())  # its means are taken over all processes
 
 
 def test_statistics_are_means_over_samples_and_end_with_their_stage(catalogue, tmp_path):
     stats = Stats(Parallel())
     for n, value in ((2, 1.0), (6, 5.0)):
-        stats.add("p", 0, n, [{"term": torch.full((n,), value)}], torch.tensor(value), torch.tensor(value))
+        stats.add("p", 0, n, ["term"], torch.tensor([n * value, value]), torch.tensor(value))
     assert stats.flush() == {"p": {"term": 4.0, "loss": 4.0, "gradient_norm": 4.0}}
 
     for step, value in enumerate(torch.linspace(-3, 7, 150).tolist()):  # more than wait to be added at once
         bad = {60: float("nan"), 70: float("inf")}.get(step, value)
-        stats.add("p", step, 1 + step % 3, [{"term": torch.full((1 + step % 3,), value)}], torch.tensor(bad), torch.tensor(1.0))
+        n = 1 + step % 3
+        stats.add("p", step, n, ["term"], torch.tensor([n * value, bad]), torch.tensor(1.0))
     with pytest.raises(Diverged, match="since step 60: loss of phase 'p'"):
         stats.check()
     n, terms = 1 + np.arange(150) % 3, np.linspace(-3, 7, 150)
@@ -215,7 +216,7 @@ def test_statistics_are_means_over_samples_and_end_with_their_stage(catalogue, t
 
 def test_a_model_sees_many_images_in_batches(catalogue, tmp_path, monkeypatch):
     t = toys.trainer(catalogue, tmp_path, toys.tree(train={"batch": 64, "length": "1 steps", "conditional": True}))
-    one = t.built.model(torch.device("cpu"))
+    one = t.model()
     x, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
     whole = [one.sample(10), one.reconstruct(x, labels)]
     monkeypatch.setattr("siv_core.model.BATCH", 4)
@@ -239,7 +240,7 @@ def test_class_conditional_network(catalogue, tmp_path):
     train = {"batch": 64, "length": "6 steps", "conditional": True}
     t = toys.trainer(catalogue, tmp_path, toys.tree(train=train))
     assert t.run() == "finished"
-    model = t.built.model(torch.device("cpu"))
+    model = t.model()
     zeros, ones = (torch.full((2,), label) for label in (0, 1))
     assert not torch.equal(model.sample(2, labels=zeros), model.sample(2, labels=ones))
 
@@ -301,7 +302,7 @@ class NoReadBack(TorchDispatchMode):
 def test_a_step_reads_nothing_back_from_the_device(catalogue, tmp_path):
     recipe = toys.tree(train={**toys.DIGITS["train"], "clip_gradient": 1.0}, shadow={})
     t = toys.trainer(catalogue, tmp_path, recipe)
-    active = t.enter(0, 0, 4)
+    active = stage.enter(t, 0)
     t.step(active)  # the first one makes the optimisers' state
     with NoReadBack():
         t.step(active)
@@ -339,7 +340,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(catalogue, tmp_pa
 
 def test_noise_does_not_depend_on_the_cut_of_the_batch(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, toys.tree())
-    active = t.enter(0, 0, 4)
+    active = stage.enter(t, 0)
     first, again, next_step = (list(leaves(active.objective.draw(64, Streams(0, s), active.sources))) for s in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, next_step, strict=True))
@@ -455,5 +456,5 @@ def test_a_prior_gets_labels_where_the_networks_do(catalogue, tmp_path):
     train = {"batch": 64, "length": "3 steps", "conditional": True}
     t = toys.trainer(catalogue, tmp_path, toys.tree(prior={"name": "vamp"}, train=train))
     assert t.run() == "finished"
-    first = t.feed.take(t.order.take(0, 5), t.built.spec.shape, torch.contiguous_format)
+    first = t.feed.batch(t.order.take(0, 5), t.built.spec.shape, torch.contiguous_format)
     assert torch.equal(t.built.priors.groups["z"].labels, first.labels)

@@ -12,12 +12,12 @@ import toys
 from scipy.special import i0e, ndtr
 from scipy.stats import kstest
 
-from siv_core import build, evaluate, feed, session
+from siv_core import build, evaluate, feed, inspect, session
 from siv_core import recipe as recipes
 from siv_core.parallel import Parallel
 from siv_core.protocols import Batch, Rows, Spec
-from siv_core.record import ends_of
-from siv_core.seeding import Streams
+from siv_core.record import schedule_of
+from siv_core.seeding import DataOrder, Streams
 from siv_core.testing import check_dataset
 
 SETS = ("8gaussians", "spiral", "checkerboard", "rings", "25gaussians")
@@ -237,7 +237,7 @@ def test_a_step_sees_fresh_samples_that_depend_on_seed_and_step_alone():
     assert source.residency == "drawn"
 
     def taken(share, step):
-        return source.draw(64, share, Streams(1, step), (2,), torch.contiguous_format).x
+        return source.next(DataOrder(5, 0), 0, 64, share, Streams(1, step), (2,), torch.contiguous_format).x
 
     whole = taken(slice(0, 64), 5)
     assert torch.equal(whole, taken(slice(0, 64), 5))
@@ -251,7 +251,7 @@ def test_labels_of_endless_data_reach_conditional_networks():
     rows = Rows(torch.zeros(5, 2), draw=lambda n, generator: Batch(torch.zeros(n, 2), torch.arange(n)))
     for conditional in (False, True):
         source = feed.Feed(rows, Spec((2,), kind="array", classes=64), torch.device("cpu"), "auto", conditional=conditional)
-        labels = source.draw(8, slice(2, 5), Streams(0, 0), (2,), torch.contiguous_format).labels
+        labels = source.next(DataOrder(5, 0), 0, 8, slice(2, 5), Streams(0, 0), (2,), torch.contiguous_format).labels
         assert (labels is None) if not conditional else labels.tolist() == [2, 3, 4]
 
 
@@ -259,7 +259,7 @@ def test_micro_batches_agree_and_the_table_is_never_read(catalogue, tmp_path):
     found = []
     for micro in (0, 16):
         trainer = toys.trainer(catalogue, tmp_path / str(micro), recipe(micro_batch=micro))
-        trainer.feed.x = torch.full_like(trainer.feed.x, math.nan)
+        trainer.feed.tables[0] = torch.full_like(trainer.feed.tables[0], math.nan)
         assert trainer.run() == "finished"
         found.append(toys.weights(trainer, "decoder"))
     for name, value in found[0].items():
@@ -268,7 +268,7 @@ def test_micro_batches_agree_and_the_table_is_never_read(catalogue, tmp_path):
 
 def test_lengths_in_epochs_use_the_nominal_number(catalogue, tmp_path):
     trainer = toys.trainer(catalogue, tmp_path, recipe(length="2 epochs"))
-    assert trainer.stage_ends() == [5]  # 320 images, 64 a step
+    assert trainer.schedule.ends == (5,)  # 320 images, 64 a step
 
 
 RECIPE = """
@@ -289,8 +289,7 @@ checkpoint = "4 steps"
 """
 
 
-def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "PLANE_GRID", 20)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
     (tmp_path / "toy.toml").write_text(RECIPE)
     session.run(tmp_path / "toy.toml", run_dir=tmp_path / "whole", device="cpu")
     session.run(tmp_path / "toy.toml", run_dir=tmp_path / "cut", device="cpu", sets=["train.length=5 steps"])
@@ -323,7 +322,7 @@ def test_recipes_have_the_values_of_table_5_and_the_published_schedule(catalogue
     data = build.dataset(read, catalogue)
     built = build.build(read, catalogue, data)
     assert read.data.config.set == name
-    assert ends_of(built) == [2000, 10_000, 15_000, 30_000]
+    assert list(schedule_of(built).ends) == [2000, 10_000, 15_000, 30_000]
     assert [plan.objective.name for plan in read.stages] == ["vae", *["soft_intro_vae"] * 3]
     assert [plan.optim[""].lr for plan in read.stages] == [2e-4, 2e-4, 2e-5, 2e-6]
     assert {plan.batch for plan in read.stages} == {512}
@@ -334,7 +333,7 @@ def test_recipes_have_the_values_of_table_5_and_the_published_schedule(catalogue
         scale = 1.0 if plan.objective.name == "vae" else 0.5
         assert (coeffs["beta_rec"], coeffs["beta_kl"], coeffs["scale"]) == (beta_rec, {"z": beta_kl}, scale)
     assert (coeffs["beta_neg"], coeffs["gamma_r"], coeffs["alpha"], coeffs["gamma"]) == ({"z": beta_neg}, 0.0, 2.0, 1.0)
-    config = read.metrics["density2d"].config
+    config = read.metrics["density2d"].choice.config
     assert (config.beta_rec, config.beta_kl) == (beta_rec, beta_kl)
-    assert build.size_of(built.networks.encoder) == 199_172
-    assert build.size_of(built.networks.decoder) == 198_658  # the published decoder has an unused scalar beside
+    assert inspect.learning(built.networks.encoder) == 199_172
+    assert inspect.learning(built.networks.decoder) == 198_658  # the published decoder has an unused scalar beside

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from attrs import evolve, frozen
 from torch import nn
 from torch.nn import functional as F
 
-from siv_core import build, objectives
+from siv_core import build, latents
 from siv_core.catalogue import Catalogue, Owner
 from siv_core.component import Component, option
-from siv_core.latents import Gaussian, detach_posterior
-from siv_core.losses import kl, sampled_kl, weighted
+from siv_core.latents import Gaussian
+from siv_core.losses import kl, sampled_kl, total, weighted
+from siv_core.objectives import soft_intro_vae
 from siv_core.parallel import Parallel
 from siv_core.protocols import Networks, Objective, Phase, Shadow, Spec
 from siv_core.recipe import parse
@@ -61,9 +61,9 @@ def with_toys(catalogue: Catalogue) -> Catalogue:
     return evolve(catalogue, components={**catalogue.components, **{(c.kind, c.name): (c, owner) for c in TOYS}})
 
 
-def trainer(catalogue: Catalogue, folder: Path, recipe: dict[str, Any]) -> Trainer:
+def trainer(catalogue: Catalogue, folder: Path, recipe: dict[str, Any], *, toys_too: bool = True) -> Trainer:
     """A trainer of a recipe tree at step 0."""
-    known = with_toys(catalogue)
+    known = with_toys(catalogue) if toys_too else catalogue
     read = parse(recipe, Path("toy.toml"), b"", known, (), (), False)
     data = build.dataset(read, known)
     data.prepare(lambda what, done, total: None)
@@ -101,7 +101,7 @@ class Mixture:
         each = -0.5 * (square + logvar + math.log(2 * math.pi)).sum(dim=2)
         return torch.logsumexp(each, dim=1) - math.log(len(mu))
 
-    def kl(self, q: Gaussian, noise: torch.Tensor) -> torch.Tensor:
+    def kl(self, q: Gaussian, noise: torch.Tensor, labels: Any = None) -> torch.Tensor:
         return sampled_kl(self.log_prob, q, noise)
 
     def detach(self) -> Mixture:
@@ -116,7 +116,9 @@ class Vamp(nn.Module):
         self.dim = dim
         self.pseudo_inputs = nn.Parameter(torch.zeros(components, *shape))
 
-    def start(self, batches: Any, encode: Any) -> None:
+    def begin(self, stage: Any, batches: Any, encode: Any) -> None:
+        if stage.number:
+            return
         x, labels = next(batches)
         self.pseudo_inputs.copy_(x[: len(self.pseudo_inputs)])
         if labels is not None:
@@ -157,7 +159,7 @@ class AffineMap:
         eps = (z - self.b) / self.log_a.exp()
         return (-0.5 * (eps.square() + math.log(2 * math.pi)) - self.log_a).sum(dim=1)
 
-    def kl(self, q: Gaussian, noise: Any) -> torch.Tensor:
+    def kl(self, q: Gaussian, noise: Any, labels: Any = None) -> torch.Tensor:
         s = 2 * self.log_a
         return 0.5 * (s - q.logvar - 1 + (q.logvar.exp() + (q.mu - self.b).square()) / s.exp()).sum(dim=1)
 
@@ -165,23 +167,35 @@ class AffineMap:
         return AffineMap(self.log_a.detach(), self.b.detach())
 
 
-soft_decoder_loss = partial(objectives.soft_decoder_loss, fakes=("rec", "fake"), stop_gradient="official", share_noise=True)
-
-
 def three_player_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
-    """The decoder's loss, and for the prior alone s Σ_g B_k KL[sg q(z|x) ‖ p]."""
-    loss, terms, carry = soft_decoder_loss(nets, batch, noise, c, carry)
-    prior = objectives.realise(nets, frozen=False)
-    q = detach_posterior(nets["encoder"](batch.x))
-    fit = kl(q, prior, noise["kl"]["real"])
-    total = torch.stack(list(fit.values())).sum(dim=0)
-    return loss + (c["scale"] * weighted(fit, c["beta_kl"])).mean(), {**terms, "kl_prior": total}, carry
+    """The decoder's half, and for the prior alone s Σ_g B_k KL[sg q(z|x) ‖ p], with q of before the encoder's update."""
+    prior = nets.prior(frozen=False)
+    still = {group: p.detach() for group, p in prior.items()}
+    half = soft_intro_vae.decoder_half(
+        nets, still, batch, noise, c, carry, fakes=("rec", "prior"), stop_gradient="official", share_noise=True
+    )
+    fit = kl(half.q, prior, noise["kl"]["real"], batch.labels)
+    loss = half.loss + c["scale"] * weighted(fit, c["beta_kl"])
+    return loss.mean(), {**half.terms, "kl_fit": total(fit)}, half.carry
 
 
 def build_three_players(config: Any, spec: Spec, groups: dict[str, int]) -> Objective:
-    base = objectives.build_soft_intro_vae(config, spec, groups)
+    base = soft_intro_vae.build_soft_intro_vae(config, spec, groups)
     decoder = Phase("decoder", ("decoder", "prior"), three_player_decoder_loss)
     return evolve(base, phases=(base.phases[0], decoder))
+
+
+def prior_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
+    """s Σ_g B_k KL[sg q(z|x) ‖ p]."""
+    q = latents.detach_posterior(nets.encoder(*batch))
+    fit = kl(q, nets.prior(frozen=False), noise["kl"]["real"], batch.labels)
+    return (c["scale"] * weighted(fit, c["beta_kl"])).mean(), {"kl_fit": total(fit)}, carry
+
+
+def build_own_phase(config: Any, spec: Spec, groups: dict[str, int]) -> Objective:
+    """The prior in a phase of its own, between the two others."""
+    base = soft_intro_vae.build_soft_intro_vae(config, spec, groups)
+    return evolve(base, phases=(base.phases[0], Phase("prior", ("prior",), prior_loss), base.phases[1]))
 
 
 # -- a bootstrap target as a shadow ------------------------------------------------------------------------------------------
@@ -189,12 +203,13 @@ def build_three_players(config: Any, spec: Spec, groups: dict[str, int]) -> Obje
 
 def bootstrap_decoder_loss(nets: Any, batch: Any, noise: Any, c: Any, carry: Any) -> Any:
     """The fakes are decoded again by the target, which no gradient changes."""
-    with_target = {**nets, "decoder": Redirected(nets["decoder"], nets["decoder@target"])}
-    return soft_decoder_loss(with_target, batch, noise, c, carry)
+    redirected = evolve(nets, decoder=Redirected(nets.decoder, nets.shadows["decoder@target"]))
+    settings = {"fakes": ("rec", "prior"), "stop_gradient": "official", "share_noise": True}
+    return soft_intro_vae.decoder_loss(redirected, batch, noise, c, carry, **settings)
 
 
 class Redirected:
-    """The decoder for the first two calls of the phase (x_r, x_p), the target for those after."""
+    """The decoder for the first two calls of the phase (x_rec, x_prior), the target for those after."""
 
     def __init__(self, decoder: Any, target: Any) -> None:
         self.calls, self.decoder, self.target = 0, decoder, target
@@ -205,9 +220,86 @@ class Redirected:
 
 
 def build_bootstrap(config: Any, spec: Spec, groups: dict[str, int]) -> Objective:
-    base = objectives.build_soft_intro_vae(config, spec, groups)
+    base = soft_intro_vae.build_soft_intro_vae(config, spec, groups)
     decoder = Phase("decoder", ("decoder",), bootstrap_decoder_loss)
     return evolve(base, phases=(base.phases[0], decoder), shadows=(Shadow("target", "decoder", copy_every_images=128),))
+
+
+# -- a VampPrior that hands over to a mixture, and bounds that are taken when it does ----------------------------------------
+
+
+class HandOver(Vamp):
+    """A Vamp in stage 0; then the mixture it was, with means, log-variances and bounds of its own."""
+
+    batch_statistic = True  # its regulariser
+
+    def __init__(self, components: int, dim: int, shape: tuple[int, ...]) -> None:
+        super().__init__(components, dim, shape)
+        self.mu, self.logvar = (nn.Parameter(torch.zeros(components, dim)) for _ in range(2))
+        self.register_buffer("bounds", torch.zeros(2, dim))
+        self.stage = 0
+        self.begun: list[int] = []
+
+    def set_stage(self, stage: Any) -> None:
+        self.stage = stage.number
+
+    def begin(self, stage: Any, batches: Any, encode: Any) -> None:
+        self.begun.append(stage.number)
+        super().begin(stage, batches, encode)
+        if stage.number == 1:
+            parts = super().realise(encode).parts
+            self.mu.copy_(parts.mu)
+            self.logvar.copy_(parts.logvar)
+            self.bounds.copy_(torch.stack([parts.logvar.amin(dim=0) - 0.1, parts.logvar.amax(dim=0) + 0.1]))
+
+    def realise(self, encode: Any) -> Mixture:
+        return Spread(Gaussian(self.mu, self.logvar)) if self.stage else super().realise(encode)
+
+    def logvar_bounds(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.bounds[0], self.bounds[1]) if self.stage else None
+
+    def lr_factors(self) -> dict[str, float]:
+        return {"logvar": 0.25}
+
+
+class Spread(Mixture):
+    """A mixture that wants all its parts in use: minus the entropy of the batch's mean responsibilities."""
+
+    def detach(self) -> Mixture:
+        return Spread(super().detach().parts)
+
+    def regulariser(self, z: torch.Tensor, mean: Any) -> torch.Tensor:
+        mu, logvar = self.parts
+        each = -0.5 * ((z[:, None] - mu).square() / logvar.exp() + logvar).sum(dim=2)  # [N, K]
+        share = mean(each.softmax(dim=1))  # [K]
+        return (share * (share + 1e-8).log()).sum()
+
+
+# -- batch norm --------------------------------------------------------------------------------------------------------------
+
+
+def normed(spec: Spec) -> Networks:
+    """Convolutions with batch norm, small enough to train in a second."""
+    c, h, w = spec.shape
+    encoder = nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * h * w, 6))
+    decoder = nn.Sequential(
+        nn.Linear(3, 16), nn.BatchNorm1d(16, momentum=None), nn.ReLU(), nn.Linear(16, c * h * w), nn.Unflatten(1, spec.shape)
+    )
+    return Networks(NormedEncoder(encoder), NormedDecoder(decoder), {"z": 3}, batch_statistics=True)
+
+
+class NormedEncoder(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, Gaussian]:
+        return {"z": Gaussian(*self.body(x).chunk(2, dim=1))}
+
+
+class NormedDecoder(NormedEncoder):
+    def forward(self, codes: dict[str, torch.Tensor], labels: Any = None, noise: Any = None) -> torch.Tensor:  # type: ignore[override]
+        return self.body(codes["z"]).sigmoid()
 
 
 # -- a network that grows ----------------------------------------------------------------------------------------------------
@@ -254,11 +346,14 @@ TOYS = [
         "prior", "vamp", VampOptions, lambda config, dim, spec: Vamp(config.components, dim, spec.shape, spec.conditional), "toy"
     ),
     Component("prior", "flow", NoOptions, lambda config, dim, spec: AffineFlow(dim), "toy"),
-    Component("objective", "three_players", objectives.SoftIntroVAEConfig, build_three_players, "toy"),
-    Component("objective", "bootstrap", objectives.SoftIntroVAEConfig, build_bootstrap, "toy"),
+    Component("prior", "hand_over", VampOptions, lambda config, dim, spec: HandOver(config.components, dim, spec.shape), "toy"),
+    Component("objective", "three_players", soft_intro_vae.SoftIntroVAEConfig, build_three_players, "toy"),
+    Component("objective", "own_phase", soft_intro_vae.SoftIntroVAEConfig, build_own_phase, "toy"),
+    Component("objective", "bootstrap", soft_intro_vae.SoftIntroVAEConfig, build_bootstrap, "toy"),
     Component(
         "network", "growing", NoOptions, lambda config, spec: Networks(GrowingEncoder(), GrowingDecoder(), {"z": 3}), "toy"
     ),
+    Component("network", "normed", NoOptions, lambda config, spec: normed(spec), "toy"),
 ]
 
 

@@ -1,0 +1,272 @@
+"""Stages: where a step is in them, what begins with one, and that a kill at their boundaries changes nothing."""
+
+from __future__ import annotations
+
+import signal
+
+import crash
+import pytest
+import torch
+import toys
+from test_resume import contents
+
+from siv_core import checkpoint, stage
+from siv_core.convert import Length
+from siv_core.errors import UserError
+from siv_core.protocols import Rows, Spec
+from siv_core.recipe import Choice, Optim, StagePlan
+from siv_core.schedule import Schedule
+
+crash.preload()
+
+
+def plan(length: str, **more) -> StagePlan:
+    return StagePlan(Length.parse(length), Choice("objective", "vae", None), {"": Optim()}, batch=8, **more)
+
+
+def test_the_schedule_says_where_a_step_is():
+    schedule = Schedule.of([plan("2 steps"), plan("24 images"), plan("1 epochs")], epoch_images=16)
+    assert schedule.ends == (2, 5, 7)
+    assert schedule.total == 7
+    assert [schedule.next(step) for step in range(7)] == [0, 0, 1, 1, 1, 2, 2]
+    assert [schedule.made(step) for step in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [(schedule.first(i), schedule.steps(i)) for i in range(3)] == [(0, 2), (2, 3), (5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [("linear", [0.25, 0.5, 0.75, 1.0, 1.0]), ("smooth", [0.15625, 0.5, 0.84375, 1.0, 1.0])],  # t²(3 − 2t)
+)
+def test_the_shape_of_a_fade(shape, expected):
+    schedule = Schedule.of([plan("3 steps"), plan("8 steps", fade=0.5, fade_shape=shape)], epoch_images=8)
+    assert [schedule.fade(1, step) for step in range(3, 8)] == expected
+    assert schedule.fade(1, 2) == 0.0  # nothing of it was done yet
+    assert schedule.fade(0, 0) == 1.0
+
+
+# -- begin -----------------------------------------------------------------------------------------------------------------------
+
+HAND_OVER = (
+    toys.SOFT
+    + """
+[prior]
+name = "hand_over"
+[shadow]
+half_life = "100 images"
+[train]
+batch = 32
+tick = "3 steps"
+checkpoint = "2 steps"
+keep_every = 1
+preview = "100 steps"
+[[stages]]
+length = "4 steps"
+objective = { name = "vae" }
+[[stages]]
+length = "5 steps"
+"""
+)
+
+
+def hand_over(catalogue, folder, **train):
+    stages = [{"length": "4 steps", "objective": {"name": "vae"}}, {"length": "5 steps"}]
+    more = {"batch": 32, "tick": "3 steps", **train}
+    return toys.trainer(catalogue, folder, toys.tree(prior={"name": "hand_over"}, stages=stages, shadow={}, train=more))
+
+
+def test_a_vamp_hands_over_to_a_mixture_that_is_the_same_to_the_bit(catalogue, tmp_path):
+    t = hand_over(catalogue, tmp_path)
+    prior, z = t.built.priors.groups["z"], torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    while t.counters.step < 4:
+        t.active = t.active or stage.enter(t, 0)
+        t.advance(t.active)
+    before = t.active.nets.prior(frozen=True)["z"].log_prob(z)
+    moments = t.players["prior"].optimiser.state
+    mu, logvar, pseudo_inputs = (dict(prior.named_parameters())[name] for name in ("mu", "logvar", "pseudo_inputs"))
+    assert moments[pseudo_inputs]["step"] == 4
+    active = stage.enter(t, 1)
+    assert prior.begun == [0, 1]
+    assert torch.equal(active.nets.prior(frozen=True)["z"].log_prob(z), before)
+    assert moments[pseudo_inputs]["step"] == 4  # begin did not touch it
+    # what begin changed is in the averages as it is; the rest of them is an average still
+    [shadow] = [follower.module.groups["z"] for follower in t.followers if follower.rule.of == "prior"]
+    for name in ("mu", "logvar", "bounds"):
+        assert torch.equal(getattr(shadow, name), getattr(prior, name))
+    assert not torch.equal(shadow.pseudo_inputs, prior.pseudo_inputs)
+    # from here on mu and logvar learn, the latter at a quarter of the rate
+    rates = {id(p): group["lr"] for group in t.players["prior"].optimiser.param_groups for p in group["params"]}
+    assert rates[id(logvar)] == rates[id(mu)] / 4
+    still = mu.clone()
+    for _ in range(3):
+        t.advance(active)
+    assert torch.equal(mu, still)  # soft_intro_vae's phases move encoder and decoder alone
+    q = active.nets.encoder(torch.rand(50, 1, 8, 8) * 9 - 4)["z"].logvar
+    low, high = prior.bounds
+    assert (q >= low).all()
+    assert (q <= high).all()
+    assert (q == low).any() or (q == high).any()
+
+
+def test_begin_is_called_once_a_stage_and_never_on_a_resume(catalogue, tmp_path):
+    t = hand_over(catalogue, tmp_path / "run", checkpoint="2 steps", keep_every=1)
+    assert t.run() == "finished"
+    assert t.built.priors.groups["z"].begun == [0, 1]
+    for step, begun in ((2, []), (4, [1]), (6, []), (8, [])):  # at 4 the next stage has not begun yet
+        again = hand_over(catalogue, tmp_path / str(step))
+        again.resume(checkpoint.Checkpoint.open(tmp_path / f"run/checkpoints/step_{step:08d}"))
+        stage.enter(again, again.schedule.next(step))
+        assert again.built.priors.groups["z"].begun == begun
+        if step > 4:
+            assert (again.built.priors.groups["z"].bounds != 0).all()  # taken at switch-on, kept with the run
+
+
+def test_begin_may_not_add_weights(catalogue, tmp_path):
+    t = hand_over(catalogue, tmp_path)
+    prior = t.built.priors.groups["z"]
+    prior.begin = lambda stage, batches, encode: prior.register_buffer("more", torch.zeros(1))
+    with pytest.raises(UserError, match=r"`begin` may change weights, not add or remove them: groups\.z\.more"):
+        stage.enter(t, 0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What two recipes give that nothing happened to, and in how many places each can be killed."""
+    found = {}
+    for name, text in RECIPES.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "recipe.toml").write_text(text)
+        code, moments = crash.in_child(crash.train_with_toys, str(folder / "recipe.toml"), str(folder / "run"))
+        assert code == 0
+        found[name] = contents(folder / "run"), moments, folder / "recipe.toml"
+    return found
+
+
+GROWING = """
+format = 1
+[data]
+name = "digits"
+[network]
+name = "growing"
+[objective]
+name = "soft_intro_vae"
+[shadow]
+half_life = "40 images"
+[train]
+batch = 16
+tick = "1 steps"
+preview = "2 steps"
+checkpoint = "1 steps"
+keep_every = 1
+horizontal_flips = true
+[[stages]]
+length = "3 steps"
+data = { size = 4 }
+[[stages]]
+length = "6 steps"
+fade = 0.8
+fade_shape = "smooth"
+"""
+RECIPES = {"hand_over": HAND_OVER, "growing": GROWING}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.6, 0.8])
+def test_killed_around_the_boundary_and_inside_a_fade(undisturbed, tmp_path, name, share):
+    expected, moments, recipe = undisturbed[name]
+    run = tmp_path / "run"
+    code, _ = crash.in_child(crash.train_with_toys, str(recipe), str(run), kill_at=int(share * moments))
+    assert code == -signal.SIGKILL
+    assert crash.in_child(crash.train_with_toys, str(recipe), str(run))[0] == 0
+    assert contents(run) == expected
+
+
+def test_every_checkpoint_of_a_hand_over_goes_on_to_the_same_end(undisturbed, tmp_path):
+    """A kill right after each checkpoint, that of the boundary included."""
+    import shutil
+
+    expected, _, recipe = undisturbed["hand_over"]
+    steps = sorted(name for name in expected if name.startswith("step_"))
+    assert "step_00000004" in steps
+    for name in steps[:-1]:
+        run = tmp_path / name
+        shutil.copytree(recipe.parent / "run", run)
+        for later in [later for later in steps if later > name]:
+            shutil.rmtree(run / "checkpoints" / later)
+        (run / "status.json").unlink()
+        assert crash.in_child(crash.train_with_toys, str(recipe), str(run))[0] == 0
+        assert contents(run) == expected, name
+
+
+# -- growing data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_reads_the_rows_of_its_size():
+    from siv_core.feed import Feed
+
+    pyramid = {4: torch.full((6, 1, 4, 4), 51, dtype=torch.uint8)}
+    rows = Rows(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), index=torch.tensor([1, 3, 5]), pyramid=pyramid)
+    for place in ("device", "host"):
+        feed = Feed(rows, Spec((1, 8, 8)), torch.device("cpu"), place)
+        sizes = {side: feed.batch(torch.arange(3), (1, side, side), torch.contiguous_format).x for side in (2, 4, 8)}
+        assert {side: tuple(x.shape) for side, x in sizes.items()} == {side: (3, 1, side, side) for side in (2, 4, 8)}
+        torch.testing.assert_close(sizes[4], torch.full((3, 1, 4, 4), 0.2))
+        assert not sizes[8].any()
+        assert not sizes[2].any()  # not in the pyramid: an area mean of the rows themselves
+
+
+def test_flips_mirror_half_of_the_images_whoever_reads_them(catalogue, tmp_path):
+    from siv_core.seeding import Streams
+
+    plain, flipped = (
+        toys.trainer(
+            catalogue, tmp_path / str(flips), toys.tree(train={"batch": 64, "length": "1 steps", "horizontal_flips": flips})
+        )
+        for flips in (False, True)
+    )
+
+    def batch(t, step, share=slice(0, 64)):
+        return t.feed.next(t.order, 0, 64, share, Streams(0, step, t.device), (1, 8, 8), torch.contiguous_format).x
+
+    x, y = batch(plain, 0), batch(flipped, 0)
+    mirrored = [torch.equal(b, a.flip(2)) for a, b in zip(x, y, strict=True)]
+    assert all(m or torch.equal(a, b) for m, a, b in zip(mirrored, x, y, strict=True))
+    assert 16 <= sum(mirrored) <= 48
+    assert torch.equal(y, torch.cat([batch(flipped, 0, slice(0, 20)), batch(flipped, 0, slice(20, 64))]))
+    assert not torch.equal(y, batch(flipped, 1))
+
+
+def test_flips_are_for_images(tmp_path, siv):
+    (tmp_path / "r.toml").write_text(
+        'format = 1\n[data]\nname = "toy2d"\n[network]\nname = "mlp"\n[objective]\nname = "vae"\n[train]\nlength = "1 steps"\n'
+        "horizontal_flips = true\n"
+    )
+    done = siv("check", "r.toml")
+    assert done.returncode == 2
+    assert "train.horizontal_flips: data 'toy2d' is no image" in done.stderr
+
+
+# -- averages --------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_average_warms_up_and_may_average_buffers():
+    from siv_core.players import Follower, Player
+    from siv_core.protocols import Shadow
+
+    source = torch.nn.BatchNorm1d(2)
+    player = Player.of("encoder", source)
+    copied, averaged = (
+        Follower.of(Shadow("ema", "encoder", half_life_images=1000, warm_up=0.5, average_buffers=average), player, 1)
+        for average in (False, True)
+    )
+    with torch.no_grad():
+        source.weight.fill_(3.0)
+        source.running_mean.fill_(8.0)
+        source.num_batches_tracked.fill_(7)
+    for follower in (copied, averaged):
+        follower.follow(source, 0, 100)  # the half-life is 50 of the 100 images seen: three quarters of the way
+        torch.testing.assert_close(follower.module.weight.data, torch.full((2,), 2.5))
+        assert follower.module.num_batches_tracked == 7
+    assert torch.equal(copied.module.running_mean, torch.full((2,), 8.0))
+    torch.testing.assert_close(averaged.module.running_mean, torch.full((2,), 6.0))
+    averaged.follow(source, 9000, 10_000)  # after the warm-up it is the half-life of the recipe
+    torch.testing.assert_close(averaged.module.weight.data, torch.full((2,), 2.75))
