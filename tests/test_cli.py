@@ -46,10 +46,10 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, siv_in):
-    """A folder with the run of a small recipe in it, by the command; not to be changed but for its outputs."""
+    """A folder with the run of a small recipe in it, by the installed command; not to be changed but for its outputs."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.toml").write_text(TINY)
-    done = siv_in(folder, "run", "tiny.toml", "--device", "cpu")
+    done = siv_in(folder, "run", "tiny.toml", "--device", "cpu", fresh=True)
     return SimpleNamespace(folder=folder, done=done, run=folder / "runs" / "00000-tiny")
 
 
@@ -60,7 +60,7 @@ def test_help_is_quick(siv):
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        out = succeeded(siv("--help"))
+        out = succeeded(siv("--help", fresh=True))
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.5
     for command in ("run", "check", "list-plugins", "describe", "evaluate", "sample", "reconstruct", "translate", "data"):
@@ -82,7 +82,7 @@ def test_every_command_has_help(siv, command):
 def test_version(siv):
     from importlib.metadata import version
 
-    assert succeeded(siv("--version")).strip() == f"siv, version {version('siv')}"
+    assert succeeded(siv("--version", fresh=True)).strip() == f"siv, version {version('siv')}"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_usage(siv, arguments, words):
 
 
 def test_list_plugins(siv, catalogue):
-    report = json.loads(succeeded(siv("list-plugins", "--json")))
+    report = json.loads(succeeded(siv("list-plugins", "--json", fresh=True)))
     assert {(entry["kind"], entry["name"]) for entry in report["components"]} == catalogue.components.keys()
     table = succeeded(siv("list-plugins", "--kind", "network"))
     assert "mlp" in table
@@ -223,7 +223,7 @@ def test_a_second_run_gets_the_next_number_and_the_same_weights(trained, siv_in)
     left = RunDir.create(trained.folder / "runs", "left")
     (left.path / "resolved.json").write_text(json.dumps(RunDir(trained.run).resolved()))
     left.status("stopped", step=4)
-    done = siv_in(trained.folder, "run", "tiny.toml", "--device", "cpu", "--json")
+    done = siv_in(trained.folder, "run", "tiny.toml", "--device", "cpu", "--json", fresh=True)  # with another hash seed
     report = json.loads(succeeded(done))
     assert (report["run"], report["state"]) == ("runs/00002-tiny", "finished")
     assert "runs/00000-tiny is an unfinished" not in done.stderr
@@ -264,7 +264,7 @@ def test_a_run_directory_that_cannot_be_used(siv, tiny, tmp_path, trained):
 
 
 def test_sample(trained, siv_in, tmp_path):
-    report = json.loads(succeeded(siv_in(trained.folder, "sample", trained.run, "-n", "5", "--seed", "3", "--json")))
+    report = json.loads(succeeded(siv_in(trained.folder, "sample", trained.run, "-n", "5", "--seed", "3", "--json", fresh=True)))
     assert report["model"] == "step_00000012, raw weights"
     arrays, picture = (Path(name) for name in report["files"])
     assert (arrays.name, picture.name) == ("samples.safetensors", "samples.png")

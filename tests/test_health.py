@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from siv_core.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, 
 from siv_core.recipe import Choice, Optim, StagePlan, Train
 from siv_core.rundir import RunDir
 
-SHIPPED = Path(__file__).parent.parent / "recipes"
 HEALTHY = {"kl_real": 20.0, "kl_fake": 22.0, "logvar_real": 4.0, "loss": 1.0, "gradient_norm": 0.1}
 
 
@@ -259,8 +257,9 @@ def test_the_values_of_the_first_bad_step_are_told(catalogue, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_shipped_digits_recipe_gives_no_warning(siv, tmp_path):
-    done = siv("run", SHIPPED / "digits.toml", "--run-dir", "run", "--device", "cpu", seconds=280)
+@pytest.mark.timeout(900)
+def test_the_shipped_digits_recipe_gives_no_warning(digits):
+    done, run = digits
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stdout
-    assert RunDir(tmp_path / "run").manifest()["warnings"] == []
+    assert RunDir(run).manifest()["warnings"] == []

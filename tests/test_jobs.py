@@ -19,11 +19,11 @@ def nearest_label(x, train, labels):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_digits_recipe_reconstructs_and_samples_digits(tmp_path, siv):
+def test_digits_recipe_reconstructs_and_samples_digits(digits):
     """A 1-NN on the real training digits judges: 90 % of held-out reconstructions keep their label, samples show all ten."""
-    done = siv("run", RECIPES / "digits.toml", "--run-dir", tmp_path / "run", "--device", "cpu", seconds=800)
+    done, run = digits
     assert done.returncode == 0, done.stderr
-    built, model, _, _ = session.open_run(tmp_path / "run", "last", "raw", "cpu")
+    built, model, _, _ = session.open_run(run, "last", "raw", "cpu")
     splits = {}
     for split in ("train", "held_out"):
         rows = built.dataset.rows(split)

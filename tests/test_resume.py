@@ -41,7 +41,6 @@ reset_optimisers = true
 class_factor = "digit"
 """
 )
-crash.preload()
 
 
 @pytest.fixture
