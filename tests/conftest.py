@@ -60,7 +60,8 @@ def catalogue() -> catalogues.Catalogue:
 
 @pytest.fixture(scope="session")
 def siv_in() -> Callable[..., Done]:
-    """`siv_in(folder, "run", recipe, …)`: the command, started in a folder; a fork of a process that has torch already.
+    """`siv_in(folder, "run", recipe, …)`: the command, started in a folder; a fork of a process that has torch already, and so
+    are the trials of a sweep.
 
     With `fresh=True`, or an environment of its own, it is the installed command in a new interpreter: where imports, entry points
     or anything else that a start brings is what is tried.

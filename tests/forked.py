@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,24 +63,91 @@ def run(folder: Path, *arguments: Any, seconds: float) -> Done:
     return Done(process.arguments, process.returncode, out, err)
 
 
+# -- in the child ----------------------------------------------------------------------------------------------------------------
+
+
 def _siv(folder: str, kept: str, environment: dict[str, str], arguments: list[str]) -> None:
-    """In the child: all that a new process has of its own, then the command."""
+    assert "preloaded" in sys.modules
+    os.chdir(folder)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    streams = [os.open(os.path.join(kept, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for name in ("out", "err")]
+    subprocess.Popen = _popen
+    _main((nowhere, *streams), environment, arguments)
+
+
+def _main(streams: tuple[int, int, int], environment: Mapping[str, str], arguments: list[str]) -> None:
+    """All that a new process has of its own, then the command."""
     import numpy as np
 
-    assert "preloaded" in sys.modules
     from siv_core import cli
 
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    streams = [os.open(os.path.join(kept, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for name in ("out", "err")]
-    for number, descriptor in enumerate((nowhere, *streams)):
+    for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
-        os.close(descriptor)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.argv = arguments
     np.random.seed()  # noqa: NPY002  (as it is in a new process; Python's own generator does so at every fork)
     cli.main()
+
+
+class Trial:
+    """`python -P -m siv_core.cli …` of a sweep, as a fork of it in a session of its own; of `Popen` it has what is used."""
+
+    def __init__(self, arguments: list[str], env: Mapping[str, str], log: int) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                _main((os.open(os.devnull, os.O_RDONLY), log, log), env, arguments)
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        return self._waited(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._waited(0)
+
+    def _waited(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+_REAL = subprocess.Popen
+
+
+def _popen(command: Any, *more: Any, **options: Any) -> Any:
+    if command[1:4] != ["-P", "-m", "siv_core.cli"]:
+        return _REAL(command, *more, **options)
+    assert (more, options["stdin"], options["start_new_session"]) == ((), subprocess.DEVNULL, True)
+    assert options["stdout"] is options["stderr"]
+    return Trial([command[3], *command[4:]], options["env"], options["stdout"].fileno())

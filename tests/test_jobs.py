@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from siv_core import feed, session
 
+BATCH = int(os.environ.get("SIV_CAMPAIGN_BATCH", "16"))
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -39,8 +41,11 @@ def test_digits_recipe_reconstructs_and_samples_digits(digits):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_full_translation_recipe_makes_a_step(tmp_path, siv):
-    """Paper's sizes, batch 64, VGG-16 loss; the VGG is randomly initialised and the run says so. Ends after the step in hand."""
-    sets = ["reconstruction.weights=random", "train.micro_batch=8", "train.tick=1 steps"]
+    """Paper's sizes, VGG-16 loss; the VGG is randomly initialised and the run says so. Ends after the step in hand.
+
+    Every day two parts of 8 images make the step, in `just campaign` the recipe's own 64.
+    """
+    sets = ["reconstruction.weights=random", f"train.batch={BATCH}", "train.micro_batch=8", "train.tick=1 steps"]
     options = [part for setting in sets for part in ("--set", setting)]
     command = ["run", RECIPES / "cars3d_translation.toml", "--profile", "none", "--profile", "rendered", *options]
     done = siv(
@@ -48,7 +53,7 @@ def test_the_full_translation_recipe_makes_a_step(tmp_path, siv):
     )
     assert done.returncode == 0, done.stderr
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["step"], status["images_seen"]) == ("stopped", 1, 64)
+    assert (status["state"], status["step"], status["images_seen"]) == ("stopped", 1, BATCH)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["reconstruction"]["weights"] == "random"
     assert manifest["parameters"] == {"encoder": 4_009_088 + 3_943_296, "decoder": 8_095_491, "prior": 0}
