@@ -264,7 +264,7 @@ def test_a_run_directory_that_cannot_be_used(siv, tiny, tmp_path, trained):
 
 
 def test_sample(trained, siv_in, tmp_path):
-    report = json.loads(succeeded(siv_in(trained.folder, "sample", trained.run, "-n", "5", "--seed", "3", "--json", fresh=True)))
+    report = json.loads(succeeded(siv_in(trained.folder, "sample", trained.run, "-n", "5", "--seed", "3", "--json")))
     assert report["model"] == "step_00000012, raw weights"
     arrays, picture = (Path(name) for name in report["files"])
     assert (arrays.name, picture.name) == ("samples.safetensors", "samples.png")

@@ -623,7 +623,7 @@ def state_of(run: Path) -> str:
 @pytest.mark.timeout(1800)
 def test_a_stopped_sweep_goes_on(tmp_path, siv):
     """Stopped in training by two kinds of signals; the same command resumes, and ends with what a sweep left alone has."""
-    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"1500 steps"').replace('"4 steps"', '"500 steps"'))
+    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"600 steps"').replace('"4 steps"', '"200 steps"'))
     (tmp_path / "four.toml").write_text(FOUR + 'train.length = "12 steps"\n')
     root = tmp_path / "runs/four"
     for signum in (signal.SIGINT, signal.SIGHUP):
@@ -655,7 +655,7 @@ def test_a_stopped_sweep_goes_on(tmp_path, siv):
 @pytest.mark.timeout(1500)
 def test_a_killed_sweep_goes_on(tmp_path, siv):
     """What it left may be at work still: that is waited for, and not started twice."""
-    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"300 steps"'))
+    (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"150 steps"'))
     (tmp_path / "two.toml").write_text(HEAD + "seeds = [0, 1]\n")
     process = start(tmp_path, "two.toml", "--jobs", "1")
     root = tmp_path / "runs/two"
@@ -665,7 +665,7 @@ def test_a_killed_sweep_goes_on(tmp_path, siv):
     done = siv("sweep", "two.toml", "--jobs", "1", "--device", "cpu", seconds=1000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [state_of(root / f"seed={seed}") for seed in (0, 1)] == ["finished", "finished"]
-    assert [RunDir(root / f"seed={seed}").read("stats")[-1]["step"] for seed in (0, 1)] == [300, 300]
+    assert [RunDir(root / f"seed={seed}").read("stats")[-1]["step"] for seed in (0, 1)] == [150, 150]
 
 
 @pytest.mark.slow
