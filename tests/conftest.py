@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import toys
@@ -60,12 +60,18 @@ def catalogue() -> catalogues.Catalogue:
 
 @pytest.fixture(scope="session")
 def siv_in() -> Callable[..., Done]:
-    """`siv_in(folder, "run", recipe, …)`: the installed command, started in a folder."""
-    command = Path(sysconfig.get_path("scripts")) / "siv"
+    """`siv_in(folder, "run", recipe, …)`: the command, started in a folder; a fork of a process that has torch already, and so
+    are the trials of a sweep.
 
-    def run(folder: Path, *arguments: Any, seconds: float = 60, env: dict[str, str] | None = None) -> Done:
+    With `fresh=True`, or an environment of its own, it is the installed command in a new interpreter: where imports, entry points
+    or anything else that a start brings is what is tried.
+    """
+
+    def run(folder: Path, *arguments: Any, seconds: float = 60, env: dict[str, str] | None = None, fresh: bool = False) -> Done:
+        if not fresh and env is None:
+            return forked.run(folder, *arguments, seconds=seconds)
         return subprocess.run(
-            [sys.executable, str(command), *map(str, arguments)],
+            [sys.executable, str(forked.COMMAND), *map(str, arguments)],
             cwd=folder,
             env={**os.environ, **(env or {})},
             capture_output=True,
@@ -80,6 +86,14 @@ def siv_in() -> Callable[..., Done]:
 def siv(siv_in: Callable[..., Done], tmp_path: Path) -> Callable[..., Done]:
     """`siv("run", recipe, …)`: the installed command in this test's own folder."""
     return lambda *arguments, **more: siv_in(tmp_path, *arguments, **more)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory, siv_in: Callable[..., Done]) -> tuple[Done, Path]:
+    """What the shipped digits recipe said, and its run directory; trained once, and not to be changed."""
+    folder = tmp_path_factory.mktemp("digits")
+    recipe = Path(__file__).parent.parent / "recipes/digits.toml"
+    return siv_in(folder, "run", recipe, "--run-dir", "run", "--device", "cpu", seconds=800), folder / "run"
 
 
 @pytest.fixture

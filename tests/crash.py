@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-PLUGINS = ("digits", "mlp", "pixel_losses", "standard_normal", "latent_probes", "rendered_cars", "hdf5")
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
+@functools.cache
 def preload() -> None:
-    """Load torch once; every child is then a quick fork of the same clean process."""
-    ours = ["crash", "siv_core.cli", "siv_core.session", "siv_core.evaluate", *(f"siv_plugins.{name}" for name in PLUGINS)]
-    CONTEXT.set_forkserver_preload([*ours, "torch._dynamo", "matplotlib.figure", "PIL.Image", "sklearn.datasets", "h5py"])
+    """Load everything once, before the first child; every child is then a quick fork of the same clean process."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        CONTEXT.set_forkserver_preload(["preloaded", "crash", "forked"])
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
 def in_child(
     function: Any, *arguments: Any, kill_at: int = 0, kill_after: float | None = None, seconds: float = 120, **more: Any
 ) -> tuple[int, int]:
     """(exit code, number of flushes and renames): −9 after a kill."""
+    preload()
     counted = CONTEXT.RawValue("i", 0)  # without a lock, which a killed child would keep
     child = CONTEXT.Process(target=_work, args=(counted, kill_at, function, arguments, more))
     child.start()

@@ -29,7 +29,6 @@ RECIPE = (
     toys.SOFT
     + '[shadow]\nhalf_life = "200 images"\n[train]\nbatch = 32\nlength = "4 steps"\ntick = "2 steps"\ncheckpoint = "2 steps"\n'
 )
-crash.preload()
 
 
 # -- what is done to a checkpoint ------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from siv_core import hdf5 as reader
 from siv_core.errors import UserError
 
 RNG = np.random.default_rng(0)
-crash.preload()
 IMAGES = RNG.integers(0, 256, (300, 3, 4, 6), dtype=np.uint8)  # more than one block of a conversion
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from siv_core.recipe import Choice, Optim, StagePlan, Train
 from siv_core.rundir import RunDir
 from siv_core.schedule import Schedule
 
-SHIPPED = Path(__file__).parent.parent / "recipes"
 HEALTHY = {"kl_real": 20.0, "kl_prior": 22.0, "logvar_real": 4.0, "loss": 1.0, "gradient_norm": 0.1}
 
 
@@ -260,8 +258,9 @@ def test_the_values_of_the_first_bad_step_are_told(catalogue, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_shipped_digits_recipe_gives_no_warning(siv, tmp_path):
-    done = siv("run", SHIPPED / "digits.toml", "--run-dir", "run", "--device", "cpu", seconds=280)
+@pytest.mark.timeout(900)
+def test_the_shipped_digits_recipe_gives_no_warning(digits):
+    done, run = digits
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stdout
-    assert RunDir(tmp_path / "run").manifest()["warnings"] == []
+    assert RunDir(run).manifest()["warnings"] == []

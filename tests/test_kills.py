@@ -27,7 +27,6 @@ from siv_core import checkpoint
 KILLS = int(os.environ.get("SIV_CAMPAIGN_KILLS", "10"))
 SEED = int(os.environ.get("SIV_CAMPAIGN_SEED", "0"))
 IN_A_ROW = 6  # at most so many kills before the work may end
-crash.preload()
 
 
 @frozen

@@ -22,7 +22,6 @@ from siv_core.rundir import RunDir
 
 RUN = ["run", "tiny.toml", "--run-dir", "run", "--device", "cpu"]
 RESUME = ["run", "--resume", "run", "--device", "cpu"]
-crash.preload()
 
 
 class Done:
