@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
+import cattrs
 import torch
 
 from siv_core import checkpoint, evaluate, files, pictures, recipe
@@ -120,8 +121,8 @@ def spec_of(manifest: Mapping[str, Any]) -> Spec | None:
     if not saved:
         return None
     try:
-        return Spec(**{**saved, "shape": tuple(saved["shape"]), "value_range": tuple(saved["value_range"])})
-    except (KeyError, TypeError, ValueError) as error:
+        return cattrs.structure(saved, Spec)
+    except (cattrs.BaseValidationError, TypeError, ValueError) as error:
         raise UserError(f"the run's manifest.json: damaged, 'spec' is not what siv writes ({error})") from error
 
 
