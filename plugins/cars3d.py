@@ -23,8 +23,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, mat5, option
+from siv_core import Component, Progress, Rows, Spec, UserError, hookimpl, option
+from siv_core.data import datafile, mat5
 from siv_core.errors import one_line
+from siv_core.store import files
 
 ARCHIVE = "nips2015-analogy-data.tar.gz"
 URL = "http://www.scottreed.info/files/nips2015-analogy-data.tar.gz"  # the host offers no https: the digest is what protects

@@ -19,15 +19,16 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siv_core import feed, files, weights
 from siv_core.component import Component, option
+from siv_core.data import feed
 from siv_core.errors import UserError
-from siv_core.evaluate import labels_of
 from siv_core.hookspecs import hookimpl
 from siv_core.latents import Codes
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
 from siv_core.seeding import stream_seed
+from siv_core.store import files, weights
+from siv_core.use.evaluate import labels_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (image, truth), both [N, C, H, W] in [0, 1] -> [N]
 Ints = NDArray[np.int64]

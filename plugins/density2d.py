@@ -22,13 +22,13 @@ from torch import Tensor
 
 from siv_core import latents
 from siv_core.component import Component, option
+from siv_core.data.feed import images
 from siv_core.errors import UserError
-from siv_core.feed import images
 from siv_core.hookspecs import hookimpl
 from siv_core.model import Model
-from siv_core.pictures import Picture
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import Streams, normal, stream_seed
+from siv_core.use.pictures import Picture
 
 WHAT = "density2d"
 GRID = 1024  # points a side of the energy's grid

@@ -16,8 +16,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hdf5, hookimpl, option
+from siv_core import Component, Progress, Rows, Spec, UserError, hookimpl, option
+from siv_core.data import datafile, hdf5
 from siv_core.errors import one_line
+from siv_core.store import files
 
 MOST_IN_BLOCK, BLOCK_BYTES = 256, 16 << 20  # images converted at a time
 

@@ -14,14 +14,14 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from siv_core import feed
 from siv_core.component import Component, option
+from siv_core.data import feed
 from siv_core.errors import UserError
-from siv_core.evaluate import labels_of
 from siv_core.hookspecs import hookimpl
 from siv_core.latents import Codes
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
+from siv_core.use.evaluate import labels_of
 
 WHAT = "latent probes"
 POSE = "pose"  # all factors but the class factor, taken together

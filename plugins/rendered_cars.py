@@ -22,7 +22,9 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core import Component, Progress, Rows, Spec, UserError, datafile, files, hookimpl, option
+from siv_core import Component, Progress, Rows, Spec, UserError, hookimpl, option
+from siv_core.data import datafile
+from siv_core.store import files
 
 MODELS, AZIMUTHS = 183, 24
 ELEVATIONS = (0.0, 10.0, 20.0, 30.0)  # degrees

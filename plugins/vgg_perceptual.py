@@ -19,7 +19,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from siv_core import Component, Spec, UserError, files, hookimpl, option, weights
+from siv_core import Component, Spec, UserError, hookimpl, option
+from siv_core.store import files, weights
 
 FILE = "vgg16-397923af.pth"
 URL = f"https://download.pytorch.org/models/{FILE}"

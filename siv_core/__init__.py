@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.latents import kl_standard as kl_standard
     from siv_core.losses import sampled_kl as sampled_kl
     from siv_core.model import Model as Model
-    from siv_core.opened import load as load
     from siv_core.protocols import Batch as Batch
     from siv_core.protocols import Dataset as Dataset
     from siv_core.protocols import Distribution as Distribution
@@ -36,9 +35,10 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.protocols import Shadow as Shadow
     from siv_core.protocols import Spec as Spec
     from siv_core.protocols import Stage as Stage
-    from siv_core.session import Run as Run
-    from siv_core.session import resume as resume
-    from siv_core.session import run as run
+    from siv_core.runs.opened import load as load
+    from siv_core.runs.session import Run as Run
+    from siv_core.runs.session import resume as resume
+    from siv_core.runs.session import run as run
 
 _HOME = {
     "siv_core.component": ("Component", "PerGroup", "option", "per_group"),
@@ -62,8 +62,8 @@ _HOME = {
         "Spec",
         "Stage",
     ),
-    "siv_core.opened": ("load",),
-    "siv_core.session": ("Run", "resume", "run"),
+    "siv_core.runs.opened": ("load",),
+    "siv_core.runs.session": ("Run", "resume", "run"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)  # noqa: PLE0605  (the list is made from the table above)

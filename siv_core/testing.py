@@ -14,14 +14,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from siv_core import convert
-from siv_core.build import network_problems
 from siv_core.component import Component
 from siv_core.latents import Gaussian, means
 from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
 from siv_core.protocols import Batch, Networks, Objective, Spec, Stage
+from siv_core.recipe import convert
+from siv_core.recipe.build import network_problems
 from siv_core.seeding import Streams, normal, stream_seed
-from siv_core.step import tensors_of
+from siv_core.train.step import tensors_of
 
 N = 4  # samples of a check
 IMAGES = Spec(shape=(3, 32, 32), classes=5, factors={"one": 2, "two": 2})

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from siv_core import build, catalogue, recipe, stage
 from siv_core.latents import kl_standard
-from siv_core.parallel import Parallel
-from siv_core.rundir import RunDir
-from siv_core.session import Silent
-from siv_core.trainer import Trainer
+from siv_core.recipe import build, catalogue, recipe
+from siv_core.runs.session import Silent
+from siv_core.store.rundir import RunDir
+from siv_core.train import stage
+from siv_core.train.parallel import Parallel
+from siv_core.train.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import toys
 
-from siv_core import catalogue as catalogues
+from siv_core.recipe import catalogue as catalogues
 
 Done = subprocess.CompletedProcess[str]
 

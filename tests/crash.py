@@ -72,7 +72,7 @@ def nothing() -> None:
 
 
 def train(recipe: str, run_dir: str, *sets: str) -> None:
-    from siv_core import session
+    from siv_core.runs import session
 
     session.run(recipe, run_dir=Path(run_dir), sets=sets, device="cpu")
 
@@ -81,7 +81,8 @@ def train_with_toys(recipe: str, run_dir: str) -> None:
     """As `train`, with the components of `toys`."""
     import toys
 
-    from siv_core import catalogue, session
+    from siv_core.recipe import catalogue
+    from siv_core.runs import session
 
     known = toys.with_toys(catalogue.load())
     catalogue.load = lambda: known
@@ -97,7 +98,7 @@ def draw_quickly() -> None:
     """A blank picture for the curves: drawing them takes longer than all the rest of a small run and is not what is tried."""
     import numpy as np
 
-    from siv_core import pictures
+    from siv_core.use import pictures
 
     pictures.curves = lambda path, lines: pictures.save_png(path, np.full((len(lines), 8, 3), 255, np.uint8))
 
@@ -106,7 +107,7 @@ def evaluate(run_dir: str) -> None:
     import contextlib
     import io
 
-    from siv_core.cli import cli
+    from siv_core.cli.main import cli
 
     with contextlib.redirect_stdout(io.StringIO()):
         cli.main(["evaluate", run_dir, "--device", "cpu", "--json"], standalone_mode=False)
@@ -143,7 +144,7 @@ def siv(
     import shutil
     import sys
 
-    from siv_core import cli
+    from siv_core.cli import main as cli
 
     at = Path(folder)
     os.environ.update(env or {})
@@ -203,8 +204,8 @@ def _mount(folder: str, options: str) -> None:
 
 
 def prepare(recipe: str) -> None:
-    from siv_core import build, catalogue
-    from siv_core import recipe as recipes
+    from siv_core.recipe import build, catalogue
+    from siv_core.recipe import recipe as recipes
 
     known = catalogue.load()
     data = build.dataset(recipes.load(Path(recipe), known), known)

@@ -79,7 +79,7 @@ def _main(streams: tuple[int, int, int], environment: Mapping[str, str], argumen
     """All that a new process has of its own, then the command."""
     import numpy as np
 
-    from siv_core import cli
+    from siv_core.cli import main as cli
 
     os.environ.clear()
     os.environ.update(environment)
@@ -94,7 +94,7 @@ def _main(streams: tuple[int, int, int], environment: Mapping[str, str], argumen
 
 
 class Trial:
-    """`python -P -m siv_core.cli …` of a sweep, as a fork of it in a session of its own; of `Popen` it has what is used."""
+    """`python -P -m siv_core.cli.main …` of a sweep, as a fork of it in a session of its own; of `Popen` it has what is used."""
 
     def __init__(self, arguments: list[str], env: Mapping[str, str], log: int) -> None:
         self.returncode: int | None = None
@@ -146,7 +146,7 @@ _REAL = subprocess.Popen
 
 
 def _popen(command: Any, *more: Any, **options: Any) -> Any:
-    if command[1:4] != ["-P", "-m", "siv_core.cli"]:
+    if command[1:4] != ["-P", "-m", "siv_core.cli.main"]:
         return _REAL(command, *more, **options)
     assert (more, options["stdin"], options["start_new_session"]) == ((), subprocess.DEVNULL, True)
     assert options["stdout"] is options["stderr"]

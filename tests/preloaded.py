@@ -13,7 +13,7 @@ import siv_plugins
 import torch
 
 import siv_core
-from siv_core import pictures
+from siv_core.use import pictures
 
 _ours = [one.name for package in (siv_core, siv_plugins) for one in walk_packages(package.__path__, f"{package.__name__}.")]
 for _name in (*_ours, "torch._dynamo", "sklearn.datasets", "h5py", "PIL.PngImagePlugin", "matplotlib.backends.backend_agg"):

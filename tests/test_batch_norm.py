@@ -12,14 +12,14 @@ import torch
 import toys
 from torch import nn
 
-from siv_core import stage
-from siv_core.build import network_problems
 from siv_core.errors import PluginError, UserError
-from siv_core.evaluate import GAP, TrainEvalGap, gap_warnings, measure
-from siv_core.parallel import Parallel, SharedBatchNorm, share_statistics
 from siv_core.protocols import Spec
-from siv_core.session import Silent
-from siv_core.trainer import Trainer
+from siv_core.recipe.build import network_problems
+from siv_core.runs.session import Silent
+from siv_core.train import stage
+from siv_core.train.parallel import Parallel, SharedBatchNorm, share_statistics
+from siv_core.train.trainer import Trainer
+from siv_core.use.evaluate import GAP, TrainEvalGap, gap_warnings, measure
 
 
 def normed(catalogue, folder, **train):
@@ -128,7 +128,7 @@ def test_every_evaluation_tells_the_gap(catalogue, tmp_path):
     assert len(gap_warnings(lines)) == len(warned)
     # where running statistics are those of the batches, there is no gap
     held = t.built.dataset.rows("held_out")
-    from siv_core import feed
+    from siv_core.data import feed
 
     x = feed.images(held, torch.arange(len(held)), t.built.spec)[:64]
     for module in (t.players["encoder"].module, t.players["decoder"].module):
@@ -145,7 +145,7 @@ def test_every_evaluation_tells_the_gap(catalogue, tmp_path):
 
 def test_shared_norm_is_the_plain_one_in_a_single_process(monkeypatch):
     """With nothing to add from others it has the same output, gradients and running statistics, in both of its momenta."""
-    monkeypatch.setattr("siv_core.parallel.dist.all_reduce", lambda x: None)
+    monkeypatch.setattr("siv_core.train.parallel.dist.all_reduce", lambda x: None)
     for plain in (nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm1d(3, affine=False)):
         torch.manual_seed(0)
         shape = (5, 3, 4, 4) if isinstance(plain, nn.BatchNorm2d) else (5, 3)

@@ -28,7 +28,9 @@ from PIL import Image
 from scipy.io import savemat
 from siv_plugins import cars3d
 
-from siv_core import UserError, cli_data, datafile, mat5
+from siv_core import UserError
+from siv_core.cli import data as cli_data
+from siv_core.data import datafile, mat5
 from siv_core.errors import Stopped
 from siv_core.testing import check_dataset
 

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from siv_core import catalogue as catalogues
-from siv_core.catalogue import load
 from siv_core.errors import UserError
+from siv_core.recipe import catalogue as catalogues
+from siv_core.recipe.catalogue import load
 
 ROOT = Path(__file__).parent.parent
 THIRD_PARTY = Path(__file__).parent / "third_party"

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from siv_core import checkpoint
-from siv_core.checkpoint import Checkpoint
 from siv_core.errors import UserError
-from siv_core.players import Player
+from siv_core.store import checkpoint
+from siv_core.store.checkpoint import Checkpoint
+from siv_core.train.players import Player
 
 STATE = {
     "images_seen": 640,

@@ -23,9 +23,13 @@ from safetensors.torch import load_file
 from toys import SMALL
 
 import siv_core
-from siv_core import apply, checkpoint, datafile, inspect, own_pictures, recipe
+from siv_core.data import datafile
 from siv_core.errors import UserError
-from siv_core.rundir import RunDir
+from siv_core.recipe import recipe
+from siv_core.runs import check as inspect
+from siv_core.store import checkpoint
+from siv_core.store.rundir import RunDir
+from siv_core.use import apply, own_pictures
 
 COMMANDS = sorted(path.stem for path in Path(siv_core.__file__).parent.glob("cli*.py"))
 LIGHT = (*COMMANDS, "component", "console", "errors", "hookspecs", "recipe", "rundir")
@@ -140,7 +144,7 @@ def test_check(siv, tiny):
 
 
 def test_dry_run(siv, tiny, catalogue):
-    from siv_core.recipe import load
+    from siv_core.recipe.recipe import load
 
     printed = json.loads(succeeded(siv("run", tiny, "--dry-run", "--set", "train.batch=8")))
     assert printed == load(tiny, catalogue, sets=["train.batch=8"]).resolved()

@@ -18,9 +18,9 @@ import pytest
 from conftest import TINY
 from rich.console import Console
 
-from siv_core import cli
-from siv_core.cli_common import screen as screen_of_a_command
-from siv_core.console import Screen
+from siv_core.cli import main as cli
+from siv_core.cli.common import screen as screen_of_a_command
+from siv_core.cli.console import Screen
 from siv_core.errors import Stopped
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -180,7 +180,7 @@ def test_a_run_on_a_terminal_is_stopped(tmp_path, signals, code):
 
 SLEEPER = """
 import time, click
-from siv_core.cli_common import screen
+from siv_core.cli.common import screen
 
 @click.command()
 def command():

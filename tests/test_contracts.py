@@ -15,11 +15,11 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from siv_core import Gaussian, UserError, kl_standard, testing
-from siv_core import catalogue as catalogues
 from siv_core.component import Component, option
 from siv_core.losses import sampled_kl
 from siv_core.objectives import vae
 from siv_core.protocols import Batch, Networks, Objective, Phase, Rows, Shadow, Spec
+from siv_core.recipe import catalogue as catalogues
 from siv_core.seeding import normal
 from siv_core.testing import IMAGES, check_component, check_dataset, check_network, check_objective, check_prior
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from siv_core import datafile, hdf5, hdf5_child
+from siv_core.data import datafile, hdf5, hdf5_child
 from siv_core.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 5), dtype=np.uint8)
@@ -118,7 +118,7 @@ TWO = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from siv_core import datafile, hdf5, hdf5_child
+from siv_core.data import datafile, hdf5, hdf5_child
 
 def produce(numbers):
     for number in numbers:
@@ -384,7 +384,7 @@ def test_a_disk_that_fills_up_is_an_error_and_nothing_is_lost(tmp_path):
 import resource, signal
 from pathlib import Path
 import numpy as np
-from siv_core import datafile
+from siv_core.data import datafile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 blocks = lambda numbers: ((i, np.zeros(({BLOCK}, *{IMAGES.shape[1:]}), np.uint8)) for i in numbers)

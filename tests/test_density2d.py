@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from siv_core.errors import UserError
-from siv_core.evaluate import measure
 from siv_core.latents import Gaussian
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Batch, Rows, Spec
 from siv_core.testing import build_seeded
+from siv_core.use.evaluate import measure
 
 QUICK = {"clean_samples": 4000, "redraws": 3}
 

@@ -11,8 +11,9 @@ import attrs
 import click
 import pytest
 
-from siv_core import recipe, sweep
-from siv_core.cli import cli
+from siv_core.cli.main import cli
+from siv_core.recipe import recipe
+from siv_core.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from siv_core import feed
+from siv_core.data import feed
 from siv_core.protocols import Rows, Spec
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from siv_core import files, weights
 from siv_core.errors import UserError, near_miss
+from siv_core.store import files, weights
 
 
 def names(folder: Path) -> list[str]:

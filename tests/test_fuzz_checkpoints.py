@@ -19,8 +19,8 @@ import pytest
 import toys
 
 import siv_core
-from siv_core import session
 from siv_core.errors import UserError
+from siv_core.runs import session
 
 COUNT = int(os.environ.get("SIV_CAMPAIGN_CHECKPOINTS", "12"))
 SEED = int(os.environ.get("SIV_CAMPAIGN_SEED", "0"))

@@ -40,7 +40,7 @@ Good = dict[str, bytes]
 def good_hdf5(folder: Path) -> Good:
     import h5py
 
-    from siv_core import datafile
+    from siv_core.data import datafile
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 1, 4, 4), dtype=np.uint8)
@@ -194,7 +194,7 @@ def use(data: Any) -> None:
 def try_hdf5(good: Good, rng: np.random.Generator, folder: Path) -> None:
     from siv_plugins import hdf5
 
-    from siv_core import datafile
+    from siv_core.data import datafile
 
     path, names = folder / "own.h5", sorted(good)
     path.write_bytes(mutated(good[str(rng.choice(names))], rng, good[str(rng.choice(names))]))
@@ -207,10 +207,10 @@ def try_picture(good: Good, rng: np.random.Generator, folder: Path) -> None:
     import torch
     from torch import nn
 
-    from siv_core import own_pictures
     from siv_core.model import Model
     from siv_core.nets import Priors
     from siv_core.protocols import Spec
+    from siv_core.use import own_pictures
 
     name = str(rng.choice(sorted(good)))
     path = folder / name

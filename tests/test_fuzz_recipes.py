@@ -24,12 +24,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siv_core import catalogue as catalogues
-from siv_core import cli, memory
+from siv_core.cli import main as cli
 from siv_core.component import Bounds
-from siv_core.convert import Length
 from siv_core.errors import UserError
-from siv_core.recipe import Init, Optim, Recipe, ShadowOptions, StageOptions, Train, load, parse
+from siv_core.recipe import catalogue as catalogues
+from siv_core.recipe.convert import Length
+from siv_core.recipe.recipe import Init, Optim, Recipe, ShadowOptions, StageOptions, Train, load, parse
+from siv_core.store import memory
 
 COUNT = int(os.environ.get("SIV_CAMPAIGN_RECIPES", "300"))
 KNOWN = catalogues.load()

@@ -19,8 +19,8 @@ import pytest
 import torch
 from siv_plugins import hdf5 as plugin
 
-from siv_core import datafile, feed
-from siv_core import hdf5 as reader
+from siv_core.data import datafile, feed
+from siv_core.data import hdf5 as reader
 from siv_core.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -398,7 +398,8 @@ def test_the_command_outlives_a_child_that_died_unasked(tmp_path):
     (tmp_path / "python").chmod(0o755)
     code = """
 import subprocess, sys
-from siv_core import cli, hdf5
+from siv_core.cli import main as cli
+from siv_core.data import hdf5
 class Dead(subprocess.Popen):
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)
@@ -417,7 +418,7 @@ def test_a_child_that_computes_without_an_end_is_ended():
 
 
 def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path):
-    code = "import sys, siv_core.hdf5_child; assert 'torch' not in sys.modules"
+    code = "import sys, siv_core.data.hdf5_child; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     (tmp_path / "h5py.py").write_text("print('somebody else')")  # in the folder one works in
     (tmp_path / "own.h5").write_bytes(b"")

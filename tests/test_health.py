@@ -10,13 +10,14 @@ import torch
 import toys
 from toys import SMALL
 
-from siv_core import session, stage
-from siv_core.convert import Length
 from siv_core.errors import Diverged
-from siv_core.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, judge
-from siv_core.recipe import Choice, Optim, StagePlan, Train
-from siv_core.rundir import RunDir
-from siv_core.schedule import Schedule
+from siv_core.recipe.convert import Length
+from siv_core.recipe.recipe import Choice, Optim, StagePlan, Train
+from siv_core.runs import session
+from siv_core.store.rundir import RunDir
+from siv_core.train import stage
+from siv_core.train.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, judge
+from siv_core.train.schedule import Schedule
 
 HEALTHY = {"kl_real": 20.0, "kl_prior": 22.0, "logvar_real": 4.0, "loss": 1.0, "gradient_norm": 0.1}
 
@@ -191,7 +192,7 @@ class Told(session.Silent):
 
 
 def test_a_run_that_collapses_says_so_everywhere_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("siv_core.health.PATIENCE_STEPS", 100)  # a shorter run than people's
+    monkeypatch.setattr("siv_core.train.health.PATIENCE_STEPS", 100)  # a shorter run than people's
     (tmp_path / "recipe.toml").write_text(COLLAPSING)
     told = Told()
     done = session.run(tmp_path / "recipe.toml", watcher=told, run_dir=tmp_path / "run", device="cpu")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from siv_core import feed, opened
+from siv_core.data import feed
+from siv_core.runs import opened
 
 BATCH = int(os.environ.get("SIV_CAMPAIGN_BATCH", "8"))
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

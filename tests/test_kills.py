@@ -22,7 +22,7 @@ import pytest
 from attrs import frozen
 from test_resume import RECIPE, contents
 
-from siv_core import checkpoint
+from siv_core.store import checkpoint
 
 KILLS = int(os.environ.get("SIV_CAMPAIGN_KILLS", "10"))
 SEED = int(os.environ.get("SIV_CAMPAIGN_SEED", "0"))

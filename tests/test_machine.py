@@ -15,10 +15,11 @@ import torch
 from conftest import TINY
 from test_resume import contents
 
-from siv_core import checkpoint, session
-from siv_core.console import Screen
+from siv_core.cli.console import Screen
 from siv_core.errors import Stopped, UserError
-from siv_core.rundir import RunDir
+from siv_core.runs import session
+from siv_core.store import checkpoint
+from siv_core.store.rundir import RunDir
 
 RUN = ["run", "tiny.toml", "--run-dir", "run", "--device", "cpu"]
 RESUME = ["run", "--resume", "run", "--device", "cpu"]

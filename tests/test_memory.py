@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import TINY
 
-from siv_core import build, inspect, memory
 from siv_core.errors import UserError
-from siv_core.recipe import load
+from siv_core.recipe import build
+from siv_core.recipe.recipe import load
+from siv_core.runs import check as inspect
+from siv_core.store import memory
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_freed_memory_is_there_for_the_next_step(kept):
     """64 MB, allocated and freed again and again in a fresh process: 16,000 new pages a time, or none once it has its place."""
     code = f"""
 import resource, torch
-from siv_core import memory
+from siv_core.store import memory
 {"memory.keep_what_is_freed()" if kept else ""}
 def work():
     torch.full((16_000_000,), 1.0)

@@ -10,12 +10,12 @@ import torch
 import toys
 from torch import nn
 
-from siv_core import session
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Measurement, Spec
+from siv_core.runs import session
 from siv_core.testing import _ToyPrior
 
 CPU = torch.device("cpu")
@@ -142,8 +142,8 @@ def test_many_samples_are_never_there_at_once():
 
 def test_a_conditional_model_translates_and_combines(catalogue, tmp_path):
     """Two groups and labels: an image is decoded with the label of its class image."""
-    from siv_core.evaluate import translation
     from siv_core.protocols import Batch
+    from siv_core.use.evaluate import translation
 
     class E(nn.Module):
         def forward(self, x, labels):
@@ -257,7 +257,7 @@ def test_pictures_of_a_metric_are_kept(tmp_path, catalogue, monkeypatch, siv):
     run, _ = ran(tmp_path, RECIPE + PROBES + 'every = "6 steps"\n', "run")
     for name in ("latent_probes_shown", "latent_probes_shown_00000006"):
         assert np.array_equal(np.asarray(Image.open(run / f"images/{name}.png")), picture)
-    from siv_core import opened, record
+    from siv_core.runs import opened, record
 
     one = opened.open_run(run, "last", "auto", "cpu")
     for expected in ("latent_probes_shown.png", "latent_probes_shown-2.png"):

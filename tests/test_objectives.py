@@ -20,8 +20,8 @@ from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig, build_soft_in
 from siv_core.objectives.vae import VAEConfig, build_vae
 from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
-from siv_core.step import tensors_of
 from siv_core.testing import toy_networks
+from siv_core.train.step import tensors_of
 
 SPEC = Spec(shape=(2, 3, 3))
 N = 5

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from siv_core import cli_data, own_pictures
+from siv_core.cli import data as cli_data
 from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Spec
+from siv_core.use import own_pictures
 
 
 def model(channels: int = 3, size: int = 4) -> Model:

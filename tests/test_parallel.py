@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from siv_core import parallel
 from siv_core.errors import UserError
-from siv_core.parallel import Parallel
+from siv_core.train import parallel
+from siv_core.train.parallel import Parallel
 
 
 @pytest.mark.parametrize(("n", "world"), [(64, 1), (64, 2), (7, 3), (3, 3)])

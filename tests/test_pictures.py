@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from siv_core import evaluate, feed, own_pictures, pictures
+from siv_core.data import feed
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Batch, Measurement, Spec
+from siv_core.use import evaluate, own_pictures, pictures
 
 GAP = 2
 

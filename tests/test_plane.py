@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from siv_plugins import density2d as plane
 
-from siv_core import apply, evaluate, opened, session
 from siv_core.errors import UserError
+from siv_core.runs import opened, session
+from siv_core.use import apply, evaluate
 
 RED = np.array([200, 55, 31])
 

@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from siv_core import catalogue as catalogues
-from siv_core import evaluate, inspect, recipe, session
-from siv_core.cli import cli
-from siv_core.console import Screen
+from siv_core.cli.console import Screen
+from siv_core.cli.main import cli
 from siv_core.errors import PluginError, UserError
 from siv_core.protocols import Measurement
-from siv_core.rundir import RunDir
+from siv_core.recipe import catalogue as catalogues
+from siv_core.recipe import recipe
+from siv_core.runs import check as inspect
+from siv_core.runs import session
+from siv_core.store.rundir import RunDir
+from siv_core.use import evaluate
 
 PLUGIN = """
 import torch

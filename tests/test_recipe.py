@@ -16,12 +16,12 @@ from attrs import fields, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siv_core import build
 from siv_core.component import PerGroup, option
-from siv_core.convert import Length, describe, plain, structure
 from siv_core.errors import UserError
-from siv_core.layers import lines_of, merge, overlay, paths, setting
-from siv_core.recipe import Recipe, Train, dataset_choice, differences, load
+from siv_core.recipe import build
+from siv_core.recipe.convert import Length, describe, plain, structure
+from siv_core.recipe.overrides import lines_of, merge, overlay, paths, setting
+from siv_core.recipe.recipe import Recipe, Train, dataset_choice, differences, load
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))

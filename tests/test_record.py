@@ -12,9 +12,11 @@ import pytest
 import torch
 import toys
 
-from siv_core import apply, checkpoint, opened, record, session
 from siv_core.errors import UserError
-from siv_core.rundir import RunDir
+from siv_core.runs import opened, record, session
+from siv_core.store import checkpoint
+from siv_core.store.rundir import RunDir
+from siv_core.use import apply
 
 RECIPE = (
     toys.SMALL

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import toys
 
-from siv_core import checkpoint, datafile
+from siv_core.data import datafile
 from siv_core.errors import UserError
+from siv_core.store import checkpoint
 
 RECIPE = (
     toys.SOFT
@@ -229,7 +230,7 @@ def start(
     arguments = ["run", str(recipe), "--run-dir", str(run), "--device", "cpu", *more]
     if not fresh:
         return forked.Siv(run.parent, *arguments, env=env)
-    command = [sys.executable, "-m", "siv_core.cli", *arguments]
+    command = [sys.executable, "-m", "siv_core.cli.main", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from siv_core.errors import UserError
-from siv_core.rundir import RunDir, unfinished
+from siv_core.store.rundir import RunDir, unfinished
 
 
 def test_numbers_go_up_and_nothing_is_used_twice(tmp_path):
@@ -94,7 +94,7 @@ def test_lines_of_evaluate_stay(tmp_path):
 LOCKER = """
 import sys
 from pathlib import Path
-from siv_core.rundir import RunDir
+from siv_core.store.rundir import RunDir
 with RunDir(Path(sys.argv[1])).locked():
     print("locked", flush=True)
     sys.stdin.read()

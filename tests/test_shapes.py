@@ -17,20 +17,23 @@ from safetensors.torch import load_file
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siv_core import build, inspect, session, stage
 from siv_core.component import per_group
 from siv_core.errors import Diverged, UserError
 from siv_core.nets import Priors, make_nets, sources
 from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig, build_soft_intro_vae
-from siv_core.parallel import Parallel
 from siv_core.protocols import Batch, Spec
-from siv_core.recipe import parse
+from siv_core.recipe import build
+from siv_core.recipe.recipe import parse
+from siv_core.runs import check as inspect
+from siv_core.runs import session
+from siv_core.runs.session import Silent
 from siv_core.seeding import Streams
-from siv_core.session import Silent
-from siv_core.stats import Stats
-from siv_core.step import tensors_of
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
-from siv_core.trainer import Trainer
+from siv_core.train import stage
+from siv_core.train.parallel import Parallel
+from siv_core.train.stats import Stats
+from siv_core.train.step import tensors_of
+from siv_core.train.trainer import Trainer
 
 
 def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
@@ -229,7 +232,7 @@ def test_a_model_sees_many_images_in_batches(catalogue, tmp_path, monkeypatch):
 
 
 def test_the_fade_blends_the_data_too(catalogue, tmp_path):
-    from siv_core.feed import blend
+    from siv_core.data.feed import blend
 
     x = torch.rand(2, 1, 8, 8)
     half = x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -377,7 +380,7 @@ def test_cutting_a_batch_changes_nothing_but_rounding(tmp_path, siv):
     """1 × 64, 4 × 16 accumulated and 2 × 32 in two gloo processes."""
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE)
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "siv_core.cli"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "siv_core.cli.main"]
     ways = {"whole": [], "accumulated": ["--set", "train.micro_batch=16"], "processes": []}
     for name, more in ways.items():
         command = ["run", str(recipe), "--run-dir", str(tmp_path / name), "--device", "cpu", *more]
@@ -432,7 +435,7 @@ fade = 1.0
 
 
 def test_a_growing_network_is_in_the_stage_of_its_checkpoint(catalogue, tmp_path, monkeypatch):
-    monkeypatch.setattr("siv_core.catalogue.load", lambda: toys.with_toys(catalogue))
+    monkeypatch.setattr("siv_core.recipe.catalogue.load", lambda: toys.with_toys(catalogue))
     (tmp_path / "growing.toml").write_text(GROWING)
     done = session.run(tmp_path / "growing.toml", run_dir=tmp_path / "run", device="cpu")
     assert (tmp_path / "run" / "images" / "preview_00000002.png").exists()  # in the first stage: of 4 × 4

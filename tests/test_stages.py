@@ -10,12 +10,13 @@ import torch
 import toys
 from test_resume import contents
 
-from siv_core import checkpoint, stage
-from siv_core.convert import Length
 from siv_core.errors import UserError
 from siv_core.protocols import Rows, Spec
-from siv_core.recipe import Choice, Optim, StagePlan
-from siv_core.schedule import Schedule
+from siv_core.recipe.convert import Length
+from siv_core.recipe.recipe import Choice, Optim, StagePlan
+from siv_core.store import checkpoint
+from siv_core.train import stage
+from siv_core.train.schedule import Schedule
 
 crash.preload()
 
@@ -201,7 +202,7 @@ def test_every_checkpoint_of_a_hand_over_goes_on_to_the_same_end(undisturbed, tm
 
 
 def test_a_stage_reads_the_rows_of_its_size():
-    from siv_core.feed import Feed
+    from siv_core.data.feed import Feed
 
     pyramid = {4: torch.full((6, 1, 4, 4), 51, dtype=torch.uint8)}
     rows = Rows(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), index=torch.tensor([1, 3, 5]), pyramid=pyramid)
@@ -249,8 +250,8 @@ def test_flips_are_for_images(tmp_path, siv):
 
 
 def test_an_average_warms_up_and_may_average_buffers():
-    from siv_core.players import Follower, Player
     from siv_core.protocols import Shadow
+    from siv_core.train.players import Follower, Player
 
     source = torch.nn.BatchNorm1d(2)
     player = Player.of("encoder", source)

@@ -12,13 +12,13 @@ import torch._dynamo
 import toys
 from attrs import evolve
 
-from siv_core import stage
 from siv_core.errors import PluginError, UserError
 from siv_core.latents import Gaussian
 from siv_core.nets import make_nets
 from siv_core.protocols import Phase
 from siv_core.seeding import Streams
-from siv_core.step import play
+from siv_core.train import stage
+from siv_core.train.step import play
 
 
 def prepared(trainer):
@@ -193,7 +193,7 @@ def test_rates_of_parts_of_a_network(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, toys.tree(optim={"lr": 0.01}))
     module = copy.deepcopy(t.players["decoder"].module)
     module.lr_factors = lambda: {"body.0": 0.1}
-    from siv_core.players import Player
+    from siv_core.train.players import Player
 
     player = Player.of("decoder", module)
     player.configure(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

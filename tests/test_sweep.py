@@ -22,10 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from siv_core import recipe, sweep, sweep_jobs, sweep_names, sweep_pictures, sweep_table
 from siv_core.errors import UserError
-from siv_core.rundir import RunDir
-from siv_core.sweep_table import Outcome
+from siv_core.recipe import recipe
+from siv_core.store.rundir import RunDir
+from siv_core.sweep import jobs as sweep_jobs
+from siv_core.sweep import names as sweep_names
+from siv_core.sweep import pictures as sweep_pictures
+from siv_core.sweep import sweep
+from siv_core.sweep import table as sweep_table
+from siv_core.sweep.table import Outcome
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "recipes/sweeps").glob("*.toml"))
 HEAD = 'format = 1\nrecipe = "tiny.toml"\n'
@@ -595,7 +600,7 @@ def test_a_sweep_from_the_command_line(tmp_path, tiny, siv):
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`siv sweep` in a process group of its own."""
-    command = [sys.executable, "-m", "siv_core.cli", "sweep", *arguments, "--device", "cpu"]
+    command = [sys.executable, "-m", "siv_core.cli.main", "sweep", *arguments, "--device", "cpu"]
     return subprocess.Popen(
         command,
         cwd=folder,

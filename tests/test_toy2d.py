@@ -12,13 +12,17 @@ import toys
 from scipy.special import i0e, ndtr
 from scipy.stats import kstest
 
-from siv_core import build, evaluate, feed, inspect, session
-from siv_core import recipe as recipes
-from siv_core.parallel import Parallel
+from siv_core.data import feed
 from siv_core.protocols import Batch, Rows, Spec
-from siv_core.record import schedule_of
+from siv_core.recipe import build
+from siv_core.recipe import recipe as recipes
+from siv_core.runs import check as inspect
+from siv_core.runs import session
+from siv_core.runs.record import schedule_of
 from siv_core.seeding import DataOrder, Streams
 from siv_core.testing import check_dataset
+from siv_core.train.parallel import Parallel
+from siv_core.use import evaluate
 
 SETS = ("8gaussians", "spiral", "checkerboard", "rings", "25gaussians")
 N = 40_000

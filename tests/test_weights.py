@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from siv_core import weights
 from siv_core.errors import UserError
+from siv_core.store import weights
 
 
 class Bomb:

@@ -11,18 +11,19 @@ from attrs import evolve, frozen
 from torch import nn
 from torch.nn import functional as F
 
-from siv_core import build, latents
-from siv_core.catalogue import Catalogue, Owner
+from siv_core import latents
 from siv_core.component import Component, option
 from siv_core.latents import Gaussian
 from siv_core.losses import kl, sampled_kl, total, weighted
 from siv_core.objectives import soft_intro_vae
-from siv_core.parallel import Parallel
 from siv_core.protocols import Networks, Objective, Phase, Shadow, Spec
-from siv_core.recipe import parse
-from siv_core.rundir import RunDir
-from siv_core.session import Silent
-from siv_core.trainer import Trainer
+from siv_core.recipe import build
+from siv_core.recipe.catalogue import Catalogue, Owner
+from siv_core.recipe.recipe import parse
+from siv_core.runs.session import Silent
+from siv_core.store.rundir import RunDir
+from siv_core.train.parallel import Parallel
+from siv_core.train.trainer import Trainer
 
 SMALL = """
 format = 1

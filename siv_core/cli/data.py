@@ -1,0 +1,136 @@
+"""`siv data`: what there is, fetching, preparing, checking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from siv_core.cli.common import PATH, json_option, print_json, screen
+from siv_core.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from siv_core.cli.console import Screen
+    from siv_core.protocols import Progress
+
+
+@click.group()
+def data() -> None:
+    """Data sets: what there is, fetching, preparing, checking."""
+
+
+@data.command("ls")
+@json_option
+def data_ls(as_json: bool) -> None:
+    """List the data sets and whether they are at hand."""
+    from siv_core.cli.console import Screen
+    from siv_core.recipe import catalogue
+    from siv_core.store import files
+
+    known = catalogue.load()
+    rows = []
+    for name in known.names("dataset"):
+        component: Any = known.get("dataset", name)
+        try:
+            lacking = component.build(component.config()).missing()
+        except TypeError:  # a set with options that have no default is somebody's own file
+            lacking = "needs options; see `siv describe dataset " + name + "`"
+        rows.append({"name": name, "summary": component.summary, "state": lacking or "at hand, or made when it is needed"})
+    if as_json:
+        print_json({"root": str(files.data_root()), "datasets": rows})
+        return
+    out = Screen()
+    out.say(f"data root: {files.data_root()} (SIV_DATA sets another)")
+    out.table("Data sets", ("name", "summary", "state"), [tuple(row.values()) for row in rows])
+
+
+@data.command("fetch")
+@click.argument("name")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set.")
+def data_fetch(name: str, sets: tuple[str, ...]) -> None:
+    """Download the data set NAME from its source, where it has one."""
+    watcher = screen()
+    from siv_core.runs import opened
+
+    fetch = getattr(opened.dataset_by_name(name, sets), "fetch", None)
+    if fetch is None:
+        raise UserError(f"data '{name}' is not downloaded: it comes with a package or is made by `siv data prepare {name}`")
+    fetch(watcher.progress)
+    watcher.say(f"data {name} is at hand")
+
+
+@data.command("prepare")
+@click.argument("name")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="An option of the data set, such as size=32.")
+def data_prepare(name: str, sets: tuple[str, ...]) -> None:
+    """Make the files the data set NAME is read from."""
+    watcher = screen()
+    from siv_core.runs import opened
+
+    found: Any = opened.dataset_by_name(name, sets)
+    lacking = found.missing()
+    if lacking:
+        raise UserError(f"data '{name}' is not at hand: {lacking}")
+    found.prepare(watcher.progress)
+    watcher.say(f"data {name} is ready: fingerprint {found.fingerprint()}")
+
+
+@data.command("check")
+@click.argument("path", type=PATH)
+@json_option
+def data_check(path: Path, as_json: bool) -> None:
+    """Read every byte of PATH, a data file, an archive, a picture or a folder of pictures, and say what is in it.
+
+    What makes it unusable is told all at once, with exit code 2.
+    """
+    watcher = screen(as_json, at_once=True)
+    report = checked(path, watcher.progress)
+    watcher.end()
+    if as_json:
+        print_json(report)
+    else:
+        show_report(watcher, path, report)
+    if report["problems"]:
+        raise UserError(report["problems"])
+
+
+def show_report(watcher: Screen, path: Path, report: dict[str, Any]) -> None:
+    """What there is, as tables; what is wrong follows as errors."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {shown(number)}" for key, number in value.items()) or "none"
+        texts = value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
+        return "; ".join(one_line(f"{text:.6g}" if isinstance(text, float) else text) for text in texts)
+
+    apart = ("path", "problems", "datasets")
+    rows: list[tuple[str, ...]] = [(key, shown(value)) for key, value in report.items() if key not in apart and value is not None]
+    watcher.table(one_line(path), ("", ""), rows)
+    columns = ("name", "shape", "dtype", "storage", "lowest", "highest", "not_finite")
+    if report.get("datasets"):
+        watcher.table("Data sets", columns, [tuple(shown(e.get(key, "")) for key in columns) for e in report["datasets"]])
+
+
+def checked(path: Path, progress: Progress) -> dict[str, Any]:
+    """The report of whoever knows files such as PATH: pictures, then the data sets with a `check` of their own, then HDF5."""
+    from siv_core.data import datafile
+    from siv_core.recipe import catalogue
+    from siv_core.use import own_pictures
+
+    if not path.exists():
+        raise UserError(f"{one_line(path)}: there is no such file or folder")
+    if path.suffix.lower() in own_pictures.SUFFIXES:
+        return own_pictures.check(path, progress)
+    if path.suffix.lower() not in (".h5", ".hdf5"):
+        known = catalogue.load()
+        for name in known.names("dataset"):
+            component: Any = known.get("dataset", name)
+            try:
+                check = getattr(component.build(component.config()), "check", None)
+            except TypeError:  # options that have no default: somebody's own file
+                continue
+            report: dict[str, Any] | None = check(path, progress) if check else None
+            if report is not None:
+                return report
+    return own_pictures.check(path, progress) if path.is_dir() else datafile.check(path, progress)

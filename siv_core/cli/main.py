@@ -1,0 +1,361 @@
+"""The command line. Commands parse, call and print; torch is imported inside those that need it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import traceback as traceback_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from siv_core.cli.common import PATH, device_option, json_option, options, print_json, screen, seconds, set_option
+from siv_core.cli.data import data
+from siv_core.cli.plugins import describe, list_plugins
+from siv_core.cli.recipes import recipes
+from siv_core.cli.sweep import sweep
+from siv_core.errors import SivError, UserError, one_line
+from siv_core.store.files import REMEDIES
+
+if TYPE_CHECKING:
+    from siv_core.cli.console import Screen
+
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what no code of ours can be the cause of
+
+
+def main() -> None:
+    """`siv`: told failures become lines and an exit code, bugs keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without our letters, names that are no text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli.main(prog_name="siv", standalone_mode=False)
+    except click.ClickException as error:
+        with contextlib.suppress(OSError):
+            error.show()
+        sys.exit(2)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except UserError as error:
+        _end(error.exit_code, [f"error: {line}" for line in error.problems])
+    except SivError as error:
+        _end(error.exit_code, [f"error: {error}" if error.exit_code < 128 else str(error)])
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        _print_nothing_more()
+        _end(2, [f"error: {error.filename or 'standard output'}: cannot be written ({error.strerror}); {REMEDIES[error.errno]}"])
+
+
+def _end(code: int, lines: list[str]) -> NoReturn:
+    with contextlib.suppress(OSError):  # where the terminal is gone nobody reads them
+        for line in lines:
+            click.echo(line, err=True)
+    sys.exit(code)
+
+
+def _end_unread() -> None:
+    """`siv … | head` ends by SIGPIPE as other programs do. Left to the signal alone, the death of a helper process would end us
+    too, and without a word."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)
+    if any(event & select.POLLERR for _, event in outputs.poll(0)):
+        _print_nothing_more()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+
+
+def _print_nothing_more() -> None:
+    """Python would try again at its end to write what is buffered."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+override_options = (
+    click.option(
+        "--profile", "profiles", multiple=True, help="Apply a profile of the recipe; `none` turns the automatic one off."
+    ),
+    set_option,
+)
+model_options = options(
+    click.argument("run", type=PATH),
+    click.option("--checkpoint", default="last", show_default=True, metavar="STEP|last", help="Which checkpoint."),
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "raw", "ema"]),
+        default="auto",
+        show_default=True,
+        help="Which of its weights; auto: the averaged ones where the run kept them.",
+    ),
+    device_option,
+)
+out_options = options(
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."),
+    click.option("--out", type=PATH, help="Folder for the results; default: RUN/outputs."),
+    json_option,
+)
+
+
+class Commands(click.Group):
+    """Tells whose code an exception came from, and shows its traceback when asked to."""
+
+    def invoke(self, context: click.Context) -> None:
+        try:
+            super().invoke(context)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            _end_unread()
+            raise
+        except Exception as error:
+            from siv_core.recipe import catalogue
+
+            blamed = None if isinstance(error, SivError) else catalogue.blame(error)
+            if context.params["traceback"] and (blamed or isinstance(error, SivError)):
+                traceback_module.print_exception(error)
+            if blamed:
+                raise blamed from error
+            raise
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="siv")
+@click.option("--traceback", is_flag=True, help="Show where an error comes from; a run keeps it in its log.txt.")
+def cli(traceback: bool) -> None:
+    """Train, measure and use introspective variational autoencoders."""
+
+
+cli.add_command(data)
+cli.add_command(list_plugins)
+cli.add_command(describe)
+cli.add_command(recipes)
+cli.add_command(sweep)
+
+
+@cli.command()
+@options(
+    click.argument("recipe", type=PATH, required=False),
+    *override_options,
+    click.option("--run-dir", type=PATH, help="The run directory; one with this recipe's run in it is continued."),
+    click.option("--resume", "resumed", type=PATH, metavar="RUN", help="Go on with this run where it stopped."),
+    click.option("--max-time", callback=seconds, metavar="8m", help="Stop after the step in hand, with a checkpoint."),
+    device_option,
+    click.option("--dry-run", is_flag=True, help="Print the resolved recipe and stop."),
+    json_option,
+)
+def run(
+    recipe: Path | None,
+    profiles: tuple[str, ...],
+    sets: tuple[str, ...],
+    run_dir: Path | None,
+    resumed: Path | None,
+    max_time: float | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train RECIPE, then measure and draw the result."""
+    if (recipe is None) == (resumed is None):
+        raise click.UsageError("give a RECIPE, or --resume RUN")
+    if resumed and (profiles or run_dir or dry_run):
+        raise click.UsageError("--resume takes recipe and profiles from the run; only --set, --max-time and --device go with it")
+    watcher = screen(as_json)
+    from siv_core.recipe import catalogue
+    from siv_core.recipe import recipe as reader
+    from siv_core.runs import device as devices
+    from siv_core.runs import session
+
+    if dry_run and recipe:
+        read = reader.load(recipe, catalogue.load(), profiles, sets, cpu_only=not devices.nvidia_present())
+        print_json(read.resolved())
+        return
+    more: dict[str, Any] = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
+    if resumed:
+        done = session.resume(resumed, **more)
+    elif recipe:
+        done = session.run(recipe, profiles=profiles, run_dir=run_dir, **more)
+    metrics = [line for line in done.metrics() if line["by"] != "training"] if done.state == "finished" else []
+    if as_json:
+        print_json({"run": str(done.path), "state": done.state, "metrics": metrics})
+    elif metrics:
+        show_metrics(watcher, metrics)
+
+
+@cli.command()
+@options(
+    click.argument("recipe", type=PATH),
+    *override_options,
+    click.option("--measure", is_flag=True, help="Do some steps of each stage: time a step, time in all, peak memory."),
+    click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to measure; default: auto."),
+    json_option,
+)
+def check(
+    recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], measure: bool, device: str | None, as_json: bool
+) -> None:
+    """Say what RECIPE would do: parameters, operations a step, and what is not at hand. Keeps nothing of what it does."""
+    if device and not measure:
+        raise click.UsageError("--device goes with --measure; nothing else is computed here")
+    watcher = screen(as_json, at_once=True)
+    from siv_core.recipe import catalogue
+    from siv_core.recipe import recipe as reader
+    from siv_core.runs import check as inspect
+    from siv_core.runs import device as devices
+
+    known = catalogue.load()
+    read = reader.load(recipe, known, profiles, sets, cpu_only=not devices.nvidia_present())
+    measured = inspect.measure(read, known, devices.pick_device(device or "auto"), watcher.progress) if measure else None
+    report = inspect.check(read, known)
+    if as_json:
+        print_json({**report, "measured": measured} if measure else report)
+        return
+    show_report(watcher, report)
+    if measured:
+        show_measured(watcher, measured)
+
+
+def show_report(watcher: Screen, report: dict[str, Any]) -> None:
+    watcher.say(f"data {report['data']}")
+    for player, parts in report.get("parameters", {}).items():
+        watcher.say(f"{player}: {parts['all']:,} parameters")
+        for part, count in parts.items():
+            if part != "all":
+                watcher.say(f"  {part}: {count:,}")
+    for stage in report.get("stages", []):
+        watcher.say(
+            f"{stage['objective']}: {stage['length']}, batch {stage['batch']}, {stage['flops_per_step'] / 1e9:,.2f} GFLOP a step"
+        )
+    for line in report["not_at_hand"] or ["nothing: everything is at hand"]:
+        watcher.say(f"not at hand here: {line}")
+
+
+def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
+    if "not_measured" in measured:
+        watcher.say(f"not measured: {measured['not_measured']}")
+        return
+    watcher.say(f"measured on {measured['device']}, {measured['threads']} threads, with {measured['data']}:")
+    for stage in measured["stages"]:
+        steps = "a number of steps that the data will tell" if stage["steps"] is None else f"{stage['steps']:,} steps"
+        watcher.say(f"  {stage['objective']}: {1000 * stage['seconds_per_step']:.3g} ms a step, {steps}")
+    if measured["seconds"] is not None:
+        minutes, seconds = divmod(round(measured["seconds"]), 60)
+        watcher.say(f"  training takes about {minutes} min {seconds:02} s in all; pictures and metrics come on top")
+    watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
+    if measured["device_peak_bytes"] is not None:
+        watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
+
+
+@cli.command()
+@model_options
+@json_option
+def evaluate(run: Path, checkpoint: str, weights: str, device: str, as_json: bool) -> None:
+    """Measure RUN with the metrics of its recipe; the lines are added to its metrics.jsonl."""
+    watcher = screen(as_json)
+    from siv_core.runs import opened, record
+
+    one = opened.open_run(run, checkpoint, weights, device)
+    opened.need_data(one.built, watcher.progress)
+    with one.run_dir.locked():
+        about = record.measured_as(one.built, one.model, "evaluate", one.step)
+        lines = record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watcher, None)
+    if as_json:
+        print_json({"run": str(run), "metrics": lines})
+    else:
+        show_metrics(watcher, lines)
+
+
+@cli.command()
+@model_options
+@click.option("-n", "--number", "count", default=64, show_default=True, type=click.IntRange(1), help="How many.")
+@out_options
+def sample(run: Path, checkpoint: str, weights: str, device: str, count: int, seed: int, out: Path | None, as_json: bool) -> None:
+    """Draw samples from the prior of RUN: a picture and an array."""
+    watcher = screen(as_json, at_once=True)
+    from siv_core.runs import opened
+    from siv_core.use import apply
+
+    one = opened.open_run(run, checkpoint, weights, device)
+    made = apply.sample(one.model, out or one.run_dir.path / "outputs", count, seed, one.built.metrics(), one.built.dataset)
+    told(watcher, made, as_json)
+
+
+@cli.command()
+@model_options
+@click.argument("images", type=PATH, nargs=-1)
+@out_options
+def reconstruct(
+    run: Path, images: tuple[Path, ...], checkpoint: str, weights: str, device: str, seed: int, out: Path | None, as_json: bool
+) -> None:
+    """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
+    watcher = screen(as_json, at_once=True)
+    from siv_core.runs import opened
+    from siv_core.use import apply
+
+    one = opened.open_run(run, checkpoint, weights, device)
+    if not images:
+        opened.need_data(one.built, watcher.progress)
+    told(watcher, apply.reconstruct(one.model, one.built.dataset, out or one.run_dir.path / "outputs", images, seed), as_json)
+
+
+@cli.command()
+@model_options
+@click.option(
+    "--take", multiple=True, metavar="GROUP=FILES", help="Pictures for a group, such as class='a.png,b.png'; a folder works."
+)
+@click.option("-n", "--number", "count", default=8, show_default=True, type=click.IntRange(1), help="Held-out images a side.")
+@out_options
+def translate(
+    run: Path,
+    take: tuple[str, ...],
+    count: int,
+    checkpoint: str,
+    weights: str,
+    device: str,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Class images down the left, content images along the top, and every class with every content between them."""
+    watcher = screen(as_json, at_once=True)
+    from siv_core.runs import opened
+    from siv_core.use import apply
+
+    one = opened.open_run(run, checkpoint, weights, device)
+    given = apply.taken(take, one.model)
+    if len(given) < 2:
+        opened.need_data(one.built, watcher.progress)
+    told(watcher, apply.translate(one.model, one.built.dataset, out or one.run_dir.path / "outputs", given, count, seed), as_json)
+
+
+def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
+    """What an applied model wrote."""
+    for note in result["notes"]:
+        watcher.say(note)
+    if as_json:
+        print_json(result)
+    else:
+        for path in result["files"]:
+            watcher.say(f"wrote {one_line(path)}")
+
+
+def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:
+    rows: list[tuple[str, ...]] = [
+        (line["metric"], line["name"], f"{float(line['value']):.6g}" if "value" in line else f"skipped: {line['skipped']}")
+        for line in lines
+    ]
+    watcher.table("Metrics", ("metric", "name", "value"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""`siv sweep`: many runs of a recipe, a table and pictures of what they came to."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from siv_core.cli.common import PATH, device_option, json_option, options, print_json, screen, seconds, set_option
+from siv_core.errors import Diverged, SivError, Stopped
+
+if TYPE_CHECKING:
+    from siv_core.cli.console import Screen
+    from siv_core.recipe.recipe import Recipe
+    from siv_core.sweep.sweep import Sweep
+    from siv_core.sweep.table import Outcome
+
+LINE_SECONDS = 30.0  # between two lines about the whole: a sweep takes longer than a run
+
+
+@click.command()
+@options(
+    click.argument("sweep", type=PATH),
+    click.option("--root", type=PATH, help="Folder of the sweep, with a run directory for each trial; default: runs/SWEEP."),
+    click.option(
+        "--only", multiple=True, metavar="TRIAL", help="Run this trial alone; its name as in --dry-run, also 'VAE_*'; repeatable."
+    ),
+    click.option("--jobs", type=click.IntRange(1), help="Trials at a time, one thread each; default: cores, on CUDA 1."),
+    set_option,
+    click.option("--max-time", callback=seconds, metavar="8m", help="Stop the whole sweep then, with checkpoints."),
+    device_option,
+    click.option("--table", "only_table", is_flag=True, help="Run nothing: table and pictures of what is there."),
+    click.option("--dry-run", is_flag=True, help="Check and list the trials, and stop."),
+    json_option,
+)
+def sweep(
+    sweep: Path,
+    root: Path | None,
+    only: tuple[str, ...],
+    jobs: int | None,
+    sets: tuple[str, ...],
+    max_time: float | None,
+    device: str,
+    only_table: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run every trial of SWEEP that is not finished, then show the table; the same command goes on where it was stopped."""
+    watcher = screen(as_json)
+    from siv_core.recipe import catalogue
+    from siv_core.runs import device as devices
+    from siv_core.sweep import sweep as sweeps
+    from siv_core.sweep import table as sweep_table
+
+    read = sweeps.load(sweep, sets)
+    chosen = sweeps.chosen(read, only)
+    known = catalogue.load()
+    recipes = sweeps.resolve(read, known, cpu_only=not devices.nvidia_present())
+    root = root or Path("runs") / read.name
+    for line in sweep_table.check_folder(read, recipes, root):
+        watcher.say(line)
+    if dry_run:
+        listed = [one for one in sweep_table.outcomes(read, recipes, root) if one.trial.name in chosen]
+        show_trials(read, listed, watcher, device, as_json)
+        return
+    ended: dict[str, str] = {}
+    if not only_table:
+        ended = run_trials(read, recipes, chosen, root, watcher, jobs, max_time, device)
+    found = sweep_table.outcomes(read, recipes, root)
+    result = report(read, found, root, watcher)
+    if as_json:
+        print_json(result)
+    asked = [one for one in found if one.trial.name in chosen and not only_table]
+    fail([ended.get(one.trial.name, "diverged" if one.state == "diverged" else "") for one in asked])
+
+
+def run_trials(
+    read: Sweep,
+    recipes: dict[str, Recipe],
+    chosen: set[str],
+    root: Path,
+    watcher: Screen,
+    limit: int | None,
+    max_time: float | None,
+    device: str,
+) -> dict[str, str]:
+    """{trial: how it ended} of those that were run now; finished and diverged ones are left alone."""
+    from siv_core.recipe import catalogue
+    from siv_core.runs import device as devices
+    from siv_core.store import files
+    from siv_core.store.rundir import RunDir
+    from siv_core.sweep import jobs as sweep_jobs
+    from siv_core.sweep import table as sweep_table
+
+    begun, watcher.line_seconds = time.monotonic(), LINE_SECONDS
+    on_cpu = devices.pick_device(device).type == "cpu"
+    steps = sweep_jobs.prepare(read, recipes, catalogue.load(), watcher)
+    files.make_folder(root)
+    with RunDir(root).locked():
+        files.write_bytes(root / "sweep.toml", read.source)
+        states = {one.trial.name: one.state for one in sweep_table.outcomes(read, recipes, root) if one.trial.name in chosen}
+        todo = [name for name, state in states.items() if state not in ("finished", "diverged")]
+        limit = limit or (sweep_jobs.cores() if on_cpu else 1)
+        crew = sweep_jobs.Crew(watcher, limit)
+        counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
+        watcher.say(
+            f"{root}: {len(states)} trials ({', '.join(f'{n} {state}' for state, n in counts.items())}), {limit} at a time"
+        )
+        for name, state in states.items():
+            if state == "diverged":
+                watcher.say(f"{name} diverged before and would again: move {root / name} away to try it once more")
+        jobs = sweep_jobs.jobs_of(read, todo, steps, root, device)
+        try:
+            if not crew.work(jobs, None if max_time is None else begun + max_time):
+                watcher.say(f"stopped after {max_time:.0f} s as asked; the same command goes on")
+        except Stopped as stop:
+            watcher.say(f"{stop}; the same command goes on")
+            raise
+    return crew.ended
+
+
+def report(read: Sweep, found: list[Outcome], root: Path, watcher: Screen) -> dict[str, Any]:
+    """Table and pictures, on the screen and in the sweep's folder."""
+    from siv_core.store import files
+    from siv_core.sweep import pictures as sweep_pictures
+    from siv_core.sweep import table as sweep_table
+
+    files.make_folder(root)
+    result, drawn = sweep_table.table(read, found), []
+    for path, reason in sweep_pictures.draw(read, found, root):
+        if reason:
+            result["notes"].append(f"picture {path.name} was not drawn: {reason}")
+        else:
+            drawn.append(path)
+    written = [*sweep_table.write(result, root), *drawn]
+    head, lines = sweep_table.text_rows(result)
+    watcher.table(read.name, head, lines)
+    for note in result["notes"]:
+        watcher.say(note)
+    for path in written:
+        watcher.say(f"wrote {path}")
+    return result
+
+
+def show_trials(read: Sweep, found: list[Outcome], watcher: Screen, device: str, as_json: bool) -> None:
+    """What would be run, each as the command that it is."""
+    from siv_core.sweep import jobs as sweep_jobs
+
+    listed = [
+        {
+            "trial": one.trial.name,
+            "state": one.state,
+            "run": str(one.run.path),
+            "command": shlex.join(["siv", *sweep_jobs.command(one.trial, one.run.path, device)]),
+        }
+        for one in found
+    ]
+    if as_json:
+        print_json({"sweep": read.name, "trials": listed})
+        return
+    for entry in listed:
+        watcher.say(f"{entry['trial']} ({entry['state']})\n    {entry['command']}")
+
+
+def fail(states: list[str]) -> None:
+    """Exit 1 where trials failed, 3 where some diverged and the others are well."""
+    failed, diverged = states.count("failed"), states.count("diverged")
+    told = " and ".join(f"{n} {word}" for n, word in ((failed, "failed"), (diverged, "diverged")) if n)
+    if failed:
+        raise SivError(f"of {len(states)} trials {told}")
+    if diverged:
+        raise Diverged(f"of {len(states)} trials {told}")

@@ -1,0 +1,97 @@
+"""From rows as they are stored to the batches that networks see: conversion happens once, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from siv_core.protocols import Batch, Rows, Spec
+from siv_core.seeding import DataOrder, Streams
+from siv_core.store import memory
+
+HOST_SHARE = 0.3  # of the free memory that data may take to be held there
+
+
+def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Stored rows as floats of the value range in `shape` (the data's own by default): uint8 is scaled, sizes are area means."""
+    low, high = spec.value_range
+    if x.dtype == torch.uint8:
+        x = x.to(torch.float32) * ((high - low) / 255) + low
+    shape = shape or spec.shape
+    if len(shape) == 3 and x.shape[2:] != shape[1:]:
+        x = F.interpolate(x, shape[1:], mode="area")
+    return x
+
+
+def blend(x: Tensor, fade: Tensor) -> Tensor:
+    """What a fading stage shows: fade · x + (1 − fade) · x at half the resolution (Karras et al. 2018, appendix A)."""
+    half = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="nearest")
+    return torch.lerp(half, x, fade)
+
+
+def images(rows: Rows, positions: Tensor, spec: Spec, device: torch.device | str = "cpu") -> Tensor:
+    """The samples at these positions of a split as floats, [n, *spec.shape]."""
+    return to_float(rows.x[rows.at(positions)].to(device), spec)
+
+
+def batches(rows: Rows, spec: Spec, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """A split from its first to its last sample, `size` at a time."""
+    for positions in torch.arange(len(rows)).split(size):
+        yield images(rows, positions, spec, device)
+
+
+class Feed:
+    """The training split, where `residency` puts it; the place never changes a bit of what comes out."""
+
+    def __init__(
+        self, rows: Rows, spec: Spec, device: torch.device, residency: str, *, conditional: bool = False, flips: bool = False
+    ) -> None:
+        self.rows, self.spec, self.device, self.conditional, self.flips = rows, spec, device, conditional, flips
+        self.endless = rows.draw is not None
+        tables = {0: rows.x, **rows.pyramid}  # pixels a side -> rows; 0: as they are
+        size = sum(table.numel() * table.element_size() for table in tables.values())
+        wanted = residency == "device" or (residency == "auto" and size <= HOST_SHARE * memory.free(device))
+        fits = wanted and not self.endless  # an endless split's table is not for training
+        self.tables = {side: _placed(table, device) if fits else table for side, table in tables.items()}
+        self.residency = "drawn" if self.endless else "device" if fits else "host"
+
+    def batch(self, positions: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
+        """The samples at these positions of the split in `shape`, a size of the stage, which has rows of its own in a pyramid."""
+        at = self.rows.at(positions)
+        table = self.tables.get(shape[-1] if len(shape) == 3 and shape != self.spec.shape else 0, self.tables[0])
+        x = table[at.to(table.device)].to(self.device, non_blocking=True)
+        return self._batch(x, None if self.rows.labels is None else self.rows.labels[at], shape, layout)
+
+    def next(
+        self,
+        order: DataOrder,
+        images_seen: int,
+        n: int,
+        share: slice,
+        streams: Streams,
+        shape: tuple[int, ...],
+        layout: torch.memory_format,
+    ) -> Batch:
+        """Rows `share` of the n samples of a step. What is drawn is drawn for all n, so that it does not depend on the share."""
+        if self.endless:
+            assert self.rows.draw is not None
+            x, labels = self.rows.draw(n, streams("data"))
+            batch = self._batch(x[share], None if labels is None else labels[share], shape, layout)
+        else:
+            batch = self.batch(order.take(images_seen, n)[share], shape, layout)
+        if not self.flips:
+            return batch
+        mirrored = torch.rand(n, generator=streams("flips"), device=self.device)[share] < 0.5
+        return batch._replace(x=torch.where(mirrored[:, None, None, None], batch.x.flip(3), batch.x))
+
+    def _batch(self, x: Tensor, labels: Tensor | None, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
+        x = to_float(x, self.spec, shape)
+        labels = labels.to(self.device) if self.conditional and labels is not None else None
+        return Batch(x.contiguous(memory_format=layout) if x.ndim == 4 else x, labels)
+
+
+def _placed(table: Tensor, device: torch.device) -> Tensor:
+    return table.clone() if device.type == "cpu" else table.to(device)

@@ -1,0 +1,91 @@
+"""A run that is there, opened for use: its model from its own recipe and a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from siv_core.recipe import build, catalogue, recipe
+from siv_core.store import checkpoint
+from siv_core.runs import record
+from siv_core.recipe.build import Built
+from siv_core.store.checkpoint import Checkpoint
+from siv_core.runs.device import pick_device
+from siv_core.errors import UserError
+from siv_core.model import Model
+from siv_core.nets import set_stage
+from siv_core.protocols import Stage
+from siv_core.store.rundir import RunDir
+
+
+def load(run_path: str | Path, checkpoint: str = "last", weights: str = "auto", device: str = "auto") -> Model:
+    """The model of a run: its networks from its own recipe, their weights from a checkpoint. Needs no data.
+
+    `weights`: raw, ema, or auto, which is ema where the checkpoint has averages; `Model.name` says which it came to.
+    """
+    return open_run(run_path, checkpoint, weights, device).model
+
+
+@frozen(eq=False)
+class Opened:
+    """A run that was opened for use."""
+
+    built: Built
+    model: Model
+    run_dir: RunDir
+    step: int
+
+
+def open_run(run_path: str | Path, step: str, weights: str, device: str) -> Opened:
+    """As `load`, with what belongs to the model."""
+    run_dir = RunDir.existing(Path(run_path))
+    manifest = run_dir.manifest()
+    known = catalogue.load()
+    asked = recipe.load(run_dir.path / "recipe.toml", known, ("none", *manifest["profiles"]), manifest["sets"])
+    data = build.dataset(asked, known)
+    built = build.build(asked, known, data, record.spec_of(manifest) if data.missing() else None)
+    saved = Checkpoint.open(checkpoint.path_of(run_dir.checkpoints, step))
+    model = model_of(built, saved, weights, pick_device(device))
+    record.same_recipe(run_dir, saved)
+    return Opened(built, model, run_dir, saved.step)
+
+
+def model_of(built: Built, saved: Checkpoint, weights: str, device: torch.device) -> Model:
+    """The networks of `built` with the weights of a checkpoint in them."""
+    used = saved.load(built.modules, weights)
+    stage = saved.state["stage"]
+    if stage["number"] >= len(built.recipe.stages):
+        told = f"{saved.path}: saved in stage {stage['number']}, which this recipe does not have"
+        raise UserError([told, *checkpoint.offer(saved.path)])
+    plan, modules = built.recipe.stages[stage["number"]], built.place(device)
+    set_stage(modules.values(), Stage(stage["number"], built.shape(plan), torch.tensor(stage["fade"], device=device)))
+    return built.model(modules, device, f"{saved.name}, {used} weights", plan)
+
+
+def start_of(asked: recipe.Recipe) -> Checkpoint:
+    """The checkpoint that `[init]` names."""
+    assert asked.init
+    try:
+        saved = Checkpoint.open(checkpoint.path_of(RunDir.existing(Path(asked.init.run)).checkpoints, asked.init.checkpoint))
+        saved.which(asked.init.weights)
+    except UserError as error:
+        raise asked.told(f"init.run: {line}" for line in error.problems) from error
+    return saved
+
+
+def need_data(built: Built, progress: Any) -> None:
+    """Prepare the data of a run, or say what is missing."""
+    lacking = built.dataset.missing()
+    if lacking:
+        raise UserError(f"data '{built.recipe.data.name}' is not at hand: {lacking}")
+    built.dataset.prepare(progress)
+
+
+def dataset_by_name(name: str, sets: tuple[str, ...] = ()) -> Any:
+    """A data set outside a recipe, with `KEY=VALUE` options."""
+    known = catalogue.load()
+    known.get("dataset", name)
+    return build.component(known, recipe.dataset_choice(known, name, sets))

@@ -1,0 +1,268 @@
+"""A run from its recipe to its last picture, and back from its directory: what `siv run` and the Python interface do."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from attrs import frozen
+
+from siv_core.recipe import build, catalogue, recipe
+from siv_core.store import checkpoint, rundir
+from siv_core.use import evaluate, pictures
+from siv_core.train import parallel
+from siv_core.runs import record
+from siv_core.recipe.build import Built
+from siv_core.store.checkpoint import Checkpoint
+from siv_core.runs.device import nvidia_present, pick_device, set_precision
+from siv_core.errors import Diverged, SivError, Stopped, UserError
+from siv_core.model import Model
+from siv_core.train.observer import Observer
+from siv_core.runs.opened import load, start_of
+from siv_core.store.rundir import RunDir
+from siv_core.train.trainer import Trainer
+
+
+class Watcher(Observer, Protocol):
+    """Who is told about a run, beside its progress in training."""
+
+    def say(self, line: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+    def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
+        """A context around the training loop."""
+
+
+class Silent:
+    """Watches nothing."""
+
+    def say(self, line: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+    def stepped(self, step: int, steps: int, images_seen: int) -> None: ...
+    def ticked(self, line: dict[str, Any]) -> None: ...
+    def wrote(self, path: Path) -> None: ...
+    def asked_to_stop(self) -> int:
+        return 0
+
+    def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
+        return contextlib.nullcontext()
+
+
+@frozen
+class Run:
+    """What a run left: its directory, and how it ended ("finished" or "stopped")."""
+
+    path: Path
+    state: str
+
+    def model(self, checkpoint: str = "last", weights: str = "auto", device: str = "auto") -> Model:
+        return load(self.path, checkpoint, weights, device)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return RunDir(self.path).read("metrics")
+
+
+@frozen
+class Request:
+    """What was asked of `run`, beside the recipe."""
+
+    profiles: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    root: Path = Path("runs")
+    device: str = "auto"
+    max_seconds: float | None = None
+
+
+# -- run -------------------------------------------------------------------------------------------------------------------------
+
+
+def run(path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
+    """Train what a recipe says, measure it and draw it: `siv run` as a function.
+
+    `overrides` are the fields of `Request`: profiles, sets (`"train.batch=8"`), run_dir, root, device, max_seconds. A `run_dir`
+    with a run of the same recipe in it is continued.
+    """
+    overrides.update({key: Path(overrides[key]) for key in ("run_dir", "root") if overrides.get(key)})
+    overrides.update({key: tuple(overrides[key]) for key in ("profiles", "sets") if key in overrides})
+    request = Request(**overrides)
+    known = catalogue.load()
+    asked = recipe.load(Path(path), known, request.profiles, request.sets, cpu_only=not nvidia_present())
+    watcher = watcher or Silent()
+    if asked.automatic_profile:
+        watcher.say("no NVIDIA device here: profile 'cpu' applies (turn it off with --profile none)")
+    return start(asked, known, request, watcher)
+
+
+def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
+    """Go on with a run where it stopped; `sets` may give a longer length, other cadences or metrics."""
+    run_dir = RunDir.existing(Path(run_path))
+    manifest = run_dir.manifest()
+    request = Request(
+        profiles=("none", *manifest["profiles"]),
+        sets=(*manifest["sets"], *overrides.get("sets", ())),
+        run_dir=run_dir.path,
+        device=overrides.get("device", "auto"),
+        max_seconds=overrides.get("max_seconds"),
+    )
+    known = catalogue.load()
+    asked = recipe.load(run_dir.path / "recipe.toml", known, request.profiles, request.sets)
+    return start(recipe.as_before(asked, manifest), known, request, watcher or Silent())
+
+
+def start(asked: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
+    """Data, networks, run directory, training, pictures and metrics, in this order."""
+    for line in known.slow:
+        watcher.say(line)
+    device = pick_device(request.device)
+    data = build.dataset(asked, known)
+    if data.missing():
+        raise UserError(f"data '{asked.data.name}' is not at hand: {data.missing()}")
+    processes = parallel.start(device)
+    for plan in asked.stages:
+        processes.share(plan.batch)  # a batch smaller than the number of processes is told before anything is made
+    if processes.main:
+        data.prepare(watcher.progress)
+    processes.wait()
+    built = build.build(asked, known, data)
+    build.room(built, on_cpu=device.type == "cpu")
+    # a run to start from that is not there is told before anything is made
+    fresh = not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints"))
+    first = start_of(asked) if asked.init and fresh else None
+    lacking = build.missing(built)
+    if lacking:
+        raise UserError(lacking)
+    for name, metric in built.metrics().items():
+        for need in metric.needs():
+            watcher.say(f"metric {name}: will be skipped in part: {need}")
+    if built.spec.kind != "image" and not evaluate.drawer(built.metrics()):
+        watcher.say("no pictures of samples: such data is drawn by a metric that can, as [metrics.density2d] points of the plane")
+    set_precision(asked.train)
+    run_dir = _run_dir(asked, request, processes, watcher)
+    with run_dir.locked() if processes.main else contextlib.nullcontext():
+        try:
+            return _train_and_measure(built, run_dir, first, device, processes, request, watcher)
+        except Exception as error:
+            if not isinstance(error, SivError):
+                run_dir.log("".join(traceback.format_exception(error)).rstrip())
+            raise
+
+
+def _train_and_measure(
+    built: Built,
+    run_dir: RunDir,
+    first: Checkpoint | None,
+    device: torch.device,
+    processes: parallel.Parallel,
+    request: Request,
+    watcher: Watcher,
+) -> Run:
+    prepare = getattr(built.reconstruction, "prepare", None)
+    if prepare:
+        prepare()
+    newest = record.newest(run_dir, watcher.say)
+    if newest:
+        record.check_same(run_dir, built, newest)
+    if newest and record.complete(run_dir, built, newest):
+        watcher.say(f"{run_dir.path} is finished; a longer length goes on with it (--set train.length, or the last stage's)")
+        return Run(run_dir.path, "finished")
+    processes.wait()  # each has read by now what the main one is about to write anew
+    if first and built.recipe.init and not newest:
+        first.load(built.modules, built.recipe.init.weights)
+    trainer = Trainer.of(built, run_dir, device, processes, watcher)
+    if newest:
+        trainer.resume(newest)
+        watcher.say(f"going on from {newest.path}")
+    if processes.main:
+        record.write_head(run_dir, trainer, watcher.say, newest.state["offsets"] if newest else {})
+    del first, newest  # their tensors
+    counters = trainer.counters
+    try:
+        with watcher.training(trainer, request.max_seconds):
+            state = _train(trainer, request, watcher)
+        if state == "finished" and processes.main:
+            finish(trainer, watcher)
+    except Stopped as stop:
+        _close(run_dir, processes, "stopped", counters, watcher, f"{stop}; `siv run --resume {run_dir.path}` goes on")
+        raise
+    except Diverged as error:
+        _close(run_dir, processes, "diverged", counters, watcher, f"diverged at step {counters.step}")
+        raise trainer.diverged(error) from error
+    except BaseException as error:
+        with contextlib.suppress(UserError):  # where the disk is full or gone this cannot be noted either
+            _close(run_dir, processes, "failed", counters, watcher, "failed")
+        if isinstance(error, UserError) and checkpoint.steps(run_dir.checkpoints):
+            raise UserError([*error.problems, f"once that is mended `siv run --resume {run_dir.path}` goes on"]) from error
+        raise
+    _close(run_dir, processes, state, counters, watcher, f"{state} at step {counters.step}, {counters.images_seen} images seen")
+    return Run(run_dir.path, state)
+
+
+def _train(trainer: Trainer, request: Request, watcher: Watcher) -> str:
+    """The loop, with the pictures and the metrics that are due in it; neither changes a bit of it."""
+    built, run_dir = trainer.built, trainer.rundir
+    metrics = built.metrics()
+
+    def preview(name: str) -> None:
+        picture = (
+            evaluate.preview(trainer.model(), built.dataset, metrics, built.recipe.train.seed) if trainer.parallel.main else None
+        )
+        if picture is not None:
+            pictures.save_png(run_dir.images / f"{name}.png", picture)
+            watcher.wrote(run_dir.images / f"{name}.png")
+
+    def measure(names: list[str]) -> None:
+        trainer.stats.check()  # every process asks: none measures what is no longer finite
+        if not trainer.parallel.main:
+            return
+        begun, step = time.monotonic(), trainer.counters.step
+        chosen = {name: metrics[name] for name in names}
+        about = record.measured_as(built, trainer.model("auto"), "training", step)
+        record.append_metrics(built, chosen, trainer.model("auto"), run_dir, about, watcher, f"_{step:08d}")
+        seconds = time.monotonic() - begun
+        watcher.say(f"step {step:,}: {', '.join(names)} measured in {seconds:.1f} s, see {run_dir.path / 'metrics.jsonl'}")
+
+    return trainer.run(request.max_seconds, preview, measure)
+
+
+def finish(trainer: Trainer, watcher: Watcher) -> None:
+    """Curves, pictures and the recipe's metrics of the state at the end of training, whose checkpoint is saved."""
+    built, run_dir, model, metrics = trainer.built, trainer.rundir, trainer.model("auto"), trainer.built.metrics()
+    pictures.curves(run_dir.images / "curves.png", run_dir.read("stats"))
+    watcher.wrote(run_dir.images / "curves.png")
+    for picture in evaluate.final_pictures(model, built.dataset, metrics, run_dir.images, built.recipe.train.seed):
+        watcher.wrote(picture)
+    record.append_metrics(
+        built, metrics, model, run_dir, record.measured_as(built, model, "run", trainer.counters.step), watcher, ""
+    )
+
+
+# -- small things ----------------------------------------------------------------------------------------------------------------
+
+
+def _run_dir(asked: recipe.Recipe, request: Request, processes: parallel.Parallel, watcher: Watcher) -> RunDir:
+    """The directory of this run; every process gets the same one."""
+    resolved = asked.resolved()
+    if request.run_dir:
+        run_dir = RunDir.at(request.run_dir)
+        if (run_dir.path / "resolved.json").exists():
+            run_dir.to_go_on()
+            differing = recipe.differences(run_dir.resolved(), resolved)
+            if differing:
+                raise UserError([f"{run_dir.path}: holds another run; these differ:", *differing])
+        return run_dir
+    for path in rundir.unfinished(request.root, resolved):
+        watcher.say(f"{path} is an unfinished run of the same recipe: `siv run --resume {path}` goes on with it")
+    if processes.world > 1:
+        raise UserError("several processes need a directory they all know: give --run-dir")
+    return RunDir.create(request.root, asked.name)
+
+
+def _close(run_dir: RunDir, processes: parallel.Parallel, state: str, counters: Any, watcher: Watcher, line: str) -> None:
+    if processes.main:
+        run_dir.status(state, step=counters.step, images_seen=counters.images_seen)
+        run_dir.log(line)
+        watcher.say(line)

@@ -1,0 +1,110 @@
+"""What holds while a stage of training lasts, and what happens when it is entered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from siv_core.nets import encode_group, make_nets, parts, set_stage, sources
+from siv_core.protocols import Batch, Nets, Objective, Stage
+from siv_core.recipe.build import check_forward
+from siv_core.recipe.recipe import Optim, StagePlan
+from siv_core.train.players import changed, take_over
+from siv_core.train.step import tensors_of
+
+if TYPE_CHECKING:
+    from siv_core.train.trainer import Trainer
+
+
+@define
+class ActiveStage:
+    """What holds while a stage lasts."""
+
+    number: int
+    plan: StagePlan
+    objective: Objective
+    shape: tuple[int, ...]
+    fade: Tensor
+    nets: Nets
+    coeffs: dict[str, Any]
+    sources: Any
+    fading: bool = False
+
+    def set_fade(self, fade: float) -> None:
+        """In place: who was given the tensor sees it move."""
+        if fade < 1 or self.fading:
+            self.fade.fill_(fade)
+        self.fading = fade < 1
+
+
+def enter(trainer: Trainer, number: int) -> ActiveStage:
+    """Set everything that a stage may change; at its very first step optimisers may be reset, and `begin` is called."""
+    built, device = trainer.built, trainer.device
+    plan = trainer.schedule.plans[number]
+    begins = trainer.counters.step == trainer.schedule.first(number)
+    for name, player in trainer.players.items():
+        optim: Optim = plan.optim.get(name, plan.optim[""])
+        player.configure(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        if plan.reset_optimisers and begins:
+            player.reset_optimiser()
+    shape, objective, train = built.shape(plan), built.objective(plan), built.recipe.train
+    modules: dict[str, Any] = {name: player.module for name, player in trainer.players.items()}
+    shadows: dict[str, Any] = {follower.key: follower.module for follower in trainer.followers}
+    fade = torch.full((), trainer.schedule.fade(number, trainer.counters.step), device=device)
+    stage = Stage(number, shape, fade)
+    set_stage([*modules.values(), *shadows.values()], stage)
+    check_forward(built, modules, shape, device)
+    if begins:
+        begin(trainer, stage, plan.batch)
+    return ActiveStage(
+        number=number,
+        plan=plan,
+        objective=objective,
+        shape=shape,
+        fade=fade,
+        nets=make_nets(
+            {**modules, **shadows},
+            built.reconstruction,
+            train.logvar_bound or None,
+            autocast_of(train.precision, device),
+            mean=trainer.parallel.mean,
+            keep_graphs=train.keep_graphs,
+        ),
+        coeffs=tensors_of(objective.coeffs, device),
+        sources=sources(built.networks.groups, built.priors, built.networks.decoder),
+    )
+
+
+def begin(trainer: Trainer, stage: Stage, batch: int) -> None:
+    """Call `begin` of those who have it, encoder, decoder and the groups' priors in this order; see `protocols.Prior`."""
+
+    def batches() -> Iterator[Batch]:
+        for i in range(len(trainer.feed.rows) // batch or 1):
+            yield trainer.feed.batch(trainer.order.take(i * batch, batch), stage.shape, trainer.layout)
+
+    modules = {name: player.module for name, player in trainer.players.items()}
+    bound = trainer.built.recipe.train.logvar_bound or None  # the priors' own bounds may be what is to be found here
+    encode = make_nets({"encoder": modules["encoder"]}, trainer.built.reconstruction, bound).encoder
+    for name, player in trainer.players.items():
+        own = [(prefix, part) for prefix, part in parts(player.module).items() if hasattr(part, "begin")]
+        if not own:
+            continue
+        before = {key: value.clone() for key, value in player.module.state_dict().items()}
+        for module in modules.values():
+            module.eval()
+        with torch.no_grad():
+            for prefix, part in own:
+                part.begin(stage, batches(), encode_group(encode, prefix.split(".")[1]) if prefix else encode)
+        for module in modules.values():
+            module.train()
+        take_over(list(changed(before, player.module)), player, [f for f in trainer.followers if f.rule.of == name])
+
+
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext

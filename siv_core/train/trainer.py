@@ -1,0 +1,296 @@
+"""Training: one flat loop over steps, and a step over the phases of an objective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import nn
+
+from siv_core.data.feed import Feed, blend
+from siv_core.errors import Diverged, PluginError, Stopped, UserError
+from siv_core.model import Model
+from siv_core.nets import set_stage
+from siv_core.protocols import Batch, Noise, Phase, Shadow, Stage
+from siv_core.recipe.build import Built
+from siv_core.recipe.convert import Length
+from siv_core.seeding import DataOrder, Streams
+from siv_core.store import checkpoint, memory
+from siv_core.store.checkpoint import Checkpoint
+from siv_core.store.rundir import RunDir
+from siv_core.train import stage
+from siv_core.train.health import Monitor
+from siv_core.train.observer import Observer
+from siv_core.train.parallel import Parallel, share_statistics
+from siv_core.train.players import Follower, Kept, Player, Weights
+from siv_core.train.schedule import Schedule
+from siv_core.train.stage import ActiveStage
+from siv_core.train.stats import Stats
+from siv_core.train.step import added, clipped, micro_batches, play
+
+ASK_EVERY = 10  # steps between two times that several processes agree on whether to stop
+
+
+@define
+class Counters:
+    step: int = 0
+    images_seen: int = 0
+    checkpoints: int = 0
+    tick_images: int = 0  # images_seen at the last tick
+
+
+@define
+class Trainer:
+    """Everything a training run holds. `run` is the loop; `save` and `resume` are its inverse."""
+
+    built: Built
+    rundir: RunDir
+    device: torch.device
+    parallel: Parallel
+    observer: Observer
+    feed: Feed
+    order: DataOrder
+    schedule: Schedule
+    players: dict[str, Player]
+    followers: list[Follower]
+    stats: Stats
+    health: Monitor
+    kept: dict[str, Kept]  # name -> what a checkpoint saves and restores; new state of a training is registered here
+    counters: Counters = field(factory=Counters)
+    active: ActiveStage | None = None
+
+    @classmethod
+    def of(cls, built: Built, rundir: RunDir, device: torch.device, parallel: Parallel, observer: Observer) -> Trainer:
+        """Prepared for step 0; the data and the reconstruction loss are at hand."""
+        if device.type == "cpu":
+            memory.keep_what_is_freed()
+        train, stages = built.recipe.train, built.recipe.stages
+        if built.networks.batch_statistics and parallel.world > 1 and not sum(map(share_statistics, built.networks[:2])):
+            raise UserError(
+                "network: its statistics of a batch are no batch norm's and cannot be shared by several processes; use one"
+            )
+        players = {name: Player.of(name, module.train()) for name, module in built.place(device).items()}
+        if isinstance(built.reconstruction, nn.Module):
+            built.reconstruction.to(device)
+        rows = built.dataset.rows("train")
+        feed = Feed(rows, built.spec, device, train.residency, conditional=train.conditional, flips=train.horizontal_flips)
+        rules = [rule for plan in stages for rule in built.objective(plan).shadows]
+        if built.recipe.shadow:
+            shadow = built.recipe.shadow
+            half_life = shadow.half_life.images(train.batch, len(rows))
+            rule = partial(Shadow, "ema", half_life_images=half_life, warm_up=shadow.warm_up)
+            averaged = [name for name in shadow.of if players[name].parameters]
+            rules += [rule(of=name, average_buffers=shadow.buffers == "average") for name in averaged]
+        followers = [Follower.of(rule, players[rule.of], len(rows)) for rule in dict.fromkeys(rules)]
+        schedule, stats = Schedule.of(stages, len(rows)), Stats(parallel, device)
+        kept: dict[str, Kept] = {name: Weights(player.module) for name, player in players.items()}
+        kept.update({f"{name}.optimiser": player for name, player in players.items()})
+        kept.update({follower.key: Weights(follower.module) for follower in followers})
+        kept["stats"] = stats
+        health = Monitor(schedule, train, built.networks.groups)
+        order = DataOrder(len(rows), train.seed)
+        return cls(built, rundir, device, parallel, observer, feed, order, schedule, players, followers, stats, health, kept)
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        max_seconds: float | None = None,
+        preview: Callable[[str], None] = lambda name: None,
+        measure: Callable[[list[str]], None] = lambda names: None,
+    ) -> str:
+        """Train to the end of the last stage, or until `max_seconds` are over: "finished" or "stopped".
+
+        `preview` draws a picture of this name, `measure` takes the metrics of these names. Raises `Stopped` when asked to by a
+        signal, after a checkpoint, and `Diverged` without one.
+        """
+        started, train, counters, total = time.monotonic(), self.built.recipe.train, self.counters, self.schedule.total
+        cadences = {name: plan.every for name, plan in self.built.recipe.metrics.items() if plan.every}
+        while counters.step < total:
+            # The stage
+            number = self.schedule.next(counters.step)
+            if self.active is None or self.active.number != number:
+                self.active = stage.enter(self, number)
+            active = self.active
+
+            # The step
+            self.advance(active)
+            self.observer.stepped(counters.step, total, counters.images_seen)
+
+            # What is due. Only counters decide, but for the wish to stop: that ends a run, it does not change it.
+            over, signum = self.wish(started, max_seconds) if counters.step < total else (False, 0)
+            if (
+                self.due(train.tick, active) or counters.step in self.schedule.ends
+            ):  # a mean over two stages would mix their terms
+                self.tick(started)
+            early = counters.step in (max(1, total // 100), max(1, total // 20))
+            if self.due(train.preview, active) or early:
+                preview(f"preview_{counters.step:08d}")
+            names = [name for name, every in cadences.items() if self.due(every, active) and counters.step < total]
+            if names:
+                measure(names)
+            if self.due(train.checkpoint, active) or counters.step == total or over:
+                self.save()  # last: what was due at this step is not done again by a run that goes on from here
+            if over and signum:
+                raise Stopped(signum)
+            if over:
+                return "stopped"
+        return "finished"
+
+    def wish(self, started: float, max_seconds: float | None) -> tuple[bool, int]:
+        """Whether the run is to end here, and the signal that asked for it, or 0; all processes come to the same."""
+        if self.parallel.world > 1 and self.counters.step % ASK_EVERY:
+            return False, 0
+        late = max_seconds is not None and time.monotonic() - started >= max_seconds
+        wish = self.parallel.largest(2 * self.observer.asked_to_stop() + late)
+        return wish > 0, wish // 2
+
+    def advance(self, active: ActiveStage) -> None:
+        """One step, its count, and the shadows after it."""
+        self.step(active)
+        images_before = self.counters.images_seen
+        self.counters.step += 1
+        self.counters.images_seen += active.plan.batch
+        for follower in self.followers:
+            follower.follow(self.players[follower.rule.of].module, images_before, self.counters.images_seen)
+
+    def step(self, active: ActiveStage) -> None:
+        """One step: the same batch and noise for every phase, each phase moving its players alone."""
+        n, counters = active.plan.batch, self.counters
+        active.set_fade(self.schedule.fade(active.number, counters.step))
+        streams = Streams(self.built.recipe.train.seed, counters.step, self.device)
+        share = self.parallel.share(n)
+        batch = self.feed.next(self.order, counters.images_seen, n, share, streams, active.shape, self.layout)  # x [share, …]
+        if active.fading:
+            batch = batch._replace(x=blend(batch.x, active.fade))
+        noise = active.objective.draw(n, streams, active.sources)  # a tree of tensors [n, …]
+        pieces = micro_batches(batch, noise, share, n, self.built.recipe.train.micro_batch)
+        carries: list[dict[str, Any]] = [{} for _ in pieces]
+        for phase in active.objective.phases:
+            self.play(phase, active, pieces, carries)
+
+    def play(self, phase: Phase, active: ActiveStage, pieces: list[tuple[Batch, Noise]], carries: list[dict[str, Any]]) -> None:
+        """One phase: gradients for the players it updates and for them only, summed over micro-batches and processes."""
+        players = [self.players[name] for name in phase.updates]
+        parameters = [parameter for player in players for parameter in player.parameters]
+        if not parameters:
+            return
+        n, keep = active.plan.batch, active.nets.keep_graphs and phase is not active.objective.phases[-1]
+        played = []
+        for i, (batch, noise) in enumerate(pieces):
+            share = len(batch.x) / n
+            played.append(play(phase, parameters, active.nets, batch, noise, active.coeffs, carries[i], share, keep))
+            carries[i] = played[-1].carry
+        gradients, row = added(played)
+        present = [gradient for gradient in gradients if gradient is not None]
+        if not present:
+            owner = self.built.catalogue.owner("objective", active.plan.objective.name)
+            raise PluginError(
+                f"{owner}: phase '{phase.name}' has no gradient for {' and '.join(phase.updates)}, which it updates"
+            )
+        self.parallel.sum_(present)
+        norm = clipped(present, self.built.recipe.train.clip_gradient)
+        self.stats.add(phase.name, self.counters.step, n, played[0].names, row, norm)
+        for player in players:
+            own, gradients = gradients[: len(player.parameters)], gradients[len(player.parameters) :]
+            player.step(own)
+
+    # -- what is due -------------------------------------------------------------------------------------------------------------
+
+    def due(self, every: Length, active: ActiveStage) -> bool:
+        return self.counters.step % every.steps(active.plan.batch, len(self.feed.rows)) == 0
+
+    def tick(self, started: float) -> None:
+        """One line of statistics, and what it says of the run's health; ends the run if something is no longer finite."""
+        self.stats.check()
+        counters = self.counters
+        phases = self.stats.flush()
+        images = counters.images_seen - counters.tick_images
+        counters.tick_images = counters.images_seen
+        line = {"step": counters.step, "images_seen": counters.images_seen, "images": images, "phases": phases}
+        line["wall"] = {"seconds": round(time.monotonic() - started, 3)}  # the only entry that differs from run to run
+        if self.parallel.main:
+            self.rundir.append("stats", line)
+            self.observer.ticked(line)
+            warnings = self.health.see(line)
+            for warning in warnings:
+                self.observer.say(warning)
+            self.note(warnings)
+
+    def note(self, warnings: list[str]) -> None:
+        """Keep warnings in the log and the manifest."""
+        for warning in warnings:
+            self.rundir.log(warning)
+        if warnings:
+            self.rundir.write("manifest", {**self.rundir.manifest(), "warnings": self.health.told})
+
+    def diverged(self, error: Diverged) -> Diverged:
+        """The same failure with what is left of the run and what to try; noted like a warning."""
+        good = checkpoint.steps(self.rundir.checkpoints)
+        left = f"the checkpoint of step {good[-1]} in {self.rundir.checkpoints} is good" if good else "there is no checkpoint yet"
+        text = f"{error}\nnothing of it was saved; {left}\n{self.health.not_finite(self.counters.step, str(error))}"
+        if self.parallel.main:
+            self.note([text])
+        return Diverged(text)
+
+    # -- the present state -------------------------------------------------------------------------------------------------------
+
+    def standing(self) -> dict[str, Any]:
+        """The stage that made the present state, and how far it has faded in, as JSON."""
+        number = self.schedule.made(self.counters.step)
+        return {"number": number, "fade": self.schedule.fade(number, self.counters.step - 1)}
+
+    def model(self, weights: str = "raw") -> Model:
+        """The networks as they stand, or their averages ("ema"; "auto": where there are some), as they are: nothing is copied."""
+        averages = {f.rule.of: f.module for f in self.followers if f.rule.name == "ema"} if weights != "raw" else {}
+        modules = {name: averages.get(name, player.module) for name, player in self.players.items()}
+        standing = self.standing()
+        plan = self.schedule.plans[standing["number"]]
+        if self.active is None:  # as after the resume of a run that is trained to its end
+            fade = torch.tensor(standing["fade"], device=self.device)
+            set_stage(modules.values(), Stage(standing["number"], self.built.shape(plan), fade))
+        name = f"step_{self.counters.step:08d}, {'ema' if averages else 'raw'} weights"
+        return self.built.model(modules, self.device, name, plan)
+
+    def save(self) -> None:
+        """A checkpoint of a state that is known to be finite."""
+        self.stats.check()
+        counters = self.counters
+        counters.checkpoints += 1
+        for module in [*(player.module for player in self.players.values()), *(follower.module for follower in self.followers)]:
+            self.parallel.agree(module.buffers())
+        kept = {name: one.kept() for name, one in self.kept.items()}
+        if self.parallel.main:
+            state = {
+                "images_seen": counters.images_seen,
+                "number": counters.checkpoints,
+                "tick_images": counters.tick_images,
+                "stage": self.standing(),
+                **{name: data for name, (_, data) in kept.items() if data},
+                "offsets": self.rundir.offsets(),
+                "resolved": self.built.recipe.resolved(),
+            }
+            tensors = {name: own for name, (own, _) in kept.items()}
+            path = checkpoint.save(self.rundir.checkpoints, counters.step, tensors, state)
+            checkpoint.prune(self.rundir.checkpoints, self.built.recipe.train.keep_every, counters.step)
+            self.observer.wrote(path)
+        self.parallel.wait()
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Go back to a checkpoint, taking back whatever was written after it."""
+        with saved.fitting():
+            for name, one in self.kept.items():
+                one.restore(saved.part(name), saved.state.get(name, {}), f"{saved.path}/{name}")
+        state = saved.state
+        self.counters = Counters(state["step"], state["images_seen"], state["number"], state["tick_images"])
+        for line in self.rundir.read("stats"):
+            if line["step"] <= self.counters.step:
+                self.health.see(line)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.built.recipe.train.channels_last else torch.contiguous_format

@@ -1,0 +1,1 @@
+"""A model put to use: metrics, pictures, a user's own images."""

@@ -1,0 +1,91 @@
+"""Pictures: grids of images, the translation matrix and the curves of a run. Every file is whole or not there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from siv_core.store import files
+
+Picture = NDArray[np.uint8]  # [H, W, 3]
+
+
+def to_uint8(x: Tensor, value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """[N, C, H, W] floats of the value range to [N, H, W, 3]; values outside are clipped, a grey channel is repeated."""
+    low, high = value_range
+    scaled = (x.detach().float().cpu() - low) * (255 / (high - low))
+    channels_last = scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return np.ascontiguousarray(channels_last.expand(-1, -1, -1, 3).numpy() if x.shape[1] == 1 else channels_last.numpy())
+
+
+def grid(images: NDArray[np.uint8], columns: int, *, gap: int = 2, least_pixels: int = 64) -> Picture:
+    """Images [N, H, W, 3] in rows, small ones enlarged by whole factors to at least `least_pixels`."""
+    factor = max(1, -(-least_pixels // max(images.shape[1:3])))
+    big = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    n, height, width, _ = big.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(big):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def matrix(left: NDArray[np.uint8], top: NDArray[np.uint8], cells: NDArray[np.uint8]) -> Picture:
+    """The papers' figure: `left` [R, …] down the side, `top` [K, …] along the top, `cells` [R·K, …] between them."""
+    blank = np.full_like(left[:1], 255)
+    rows = [np.concatenate([blank, top])]
+    rows += [np.concatenate([left[i : i + 1], cells[i * len(top) : (i + 1) * len(top)]]) for i in range(len(left))]
+    sheet = grid(np.concatenate(rows), len(top) + 1)
+    side_y, side_x = sheet.shape[0] // (len(left) + 1), sheet.shape[1] // (len(top) + 1)
+    sheet[side_y : side_y + 2, side_x:] = 0  # a line between the sources and what was made of them
+    sheet[side_y:, side_x : side_x + 2] = 0
+    return sheet
+
+
+def save_png(path: Path, picture: Picture) -> None:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    files.write_bytes(path, buffer.getvalue())
+
+
+def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Losses, KLs and reconstructions of a run over images seen, from the lines of stats.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for phase, values in line["phases"].items():
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    xs, ys = series.setdefault(f"{phase}: {name}", ([], []))
+                    xs.append(line["images_seen"])
+                    ys.append(value)
+    panels = {"reconstruction": "rec_", "KL (nats)": "kl_", "loss": "loss", "gradient norm": "gradient_norm"}
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, part) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for label, (xs, ys) in series.items():
+            name = label.split(": ")[1]
+            if name.startswith(part) and "." not in name:
+                axes.plot(xs, ys, label=label, linewidth=1, marker="." if len(xs) < 3 else None)
+        axes.set_title(title)
+        axes.set_xlabel("images seen")
+        if part != "loss" and any(min(ys) > 0 for label, (_, ys) in series.items() if label.split(": ")[1].startswith(part)):
+            axes.set_yscale("log")
+        if axes.lines:
+            axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    files.write_bytes(path, buffer.getvalue())
