@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
 from siv_core.protocols import Batch, Rows, Spec
-from siv_core.seeding import DataOrder, Streams
 from siv_core.store import memory
+
+if TYPE_CHECKING:  # torch is imported where it is used: the child that reads HDF5 files does without
+    import torch
+    from torch import Tensor
+
+    from siv_core.seeding import DataOrder, Streams
 
 HOST_SHARE = 0.3  # of the free memory that data may take to be held there
 
 
 def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Tensor:
     """Stored rows as floats of the value range in `shape` (the data's own by default): uint8 is scaled, sizes are area means."""
+    import torch
+    from torch.nn import functional as F
+
     low, high = spec.value_range
     if x.dtype == torch.uint8:
         x = x.to(torch.float32) * ((high - low) / 255) + low
@@ -28,6 +33,9 @@ def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Ten
 
 def blend(x: Tensor, fade: Tensor) -> Tensor:
     """What a fading stage shows: fade · x + (1 − fade) · x at half the resolution (Karras et al. 2018, appendix A)."""
+    import torch
+    from torch.nn import functional as F
+
     half = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="nearest")
     return torch.lerp(half, x, fade)
 
@@ -39,6 +47,8 @@ def images(rows: Rows, positions: Tensor, spec: Spec, device: torch.device | str
 
 def batches(rows: Rows, spec: Spec, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """A split from its first to its last sample, `size` at a time."""
+    import torch
+
     for positions in torch.arange(len(rows)).split(size):
         yield images(rows, positions, spec, device)
 
@@ -84,6 +94,8 @@ class Feed:
             batch = self.batch(order.take(images_seen, n)[share], shape, layout)
         if not self.flips:
             return batch
+        import torch
+
         mirrored = torch.rand(n, generator=streams("flips"), device=self.device)[share] < 0.5
         return batch._replace(x=torch.where(mirrored[:, None, None, None], batch.x.flip(3), batch.x))
 

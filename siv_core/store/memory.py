@@ -6,11 +6,13 @@ import ctypes
 import math
 import os
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from siv_core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 MEMINFO = "/proc/meminfo"
 UNKNOWN = 4 << 30  # what a machine that does not say is taken to have free, in bytes
@@ -22,8 +24,9 @@ CGROUPS = (  # limit and use of this process's container: of version 2, of versi
 
 def free(device: torch.device | str = "cpu") -> int:
     """Bytes that this process can still get there; on the CPU what the system calls available, within its container's limit."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = dict(line.split(":", 1) for line in Path(MEMINFO).read_text().splitlines())
