@@ -277,7 +277,8 @@ def test_everything_that_siv_ships_is_usable(catalogue):
 def test_entry_points_are_the_plugin_files_and_are_installed():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["siv"]
     files = {path.stem: f"siv_plugins.{path.stem}" for path in (ROOT / "plugins").glob("[!_]*.py")}
-    assert declared == {"objectives": "siv_core.objectives", "intro_vae": "siv_core.intro_vae", **files}
+    own = {name: f"siv_core.objectives.{name}" for name in ("vae", "soft_intro_vae", "intro_vae")}
+    assert declared == {**own, **files}
     installed = {point.name: point.value for point in entry_points(group="siv") if point.dist and point.dist.name == "siv"}
     assert installed == declared, "the installed entry points are not those of pyproject.toml: repeat `pip install -e .`"
 

@@ -66,7 +66,7 @@ def test_a_bar_ends_although_another_one_goes_on(screen):
 
 
 def test_training_ends_what_is_left(screen):
-    trainer = SimpleNamespace(stage_ends=lambda: [10], counters=SimpleNamespace(step=0), device="cpu")
+    trainer = SimpleNamespace(schedule=SimpleNamespace(total=10), counters=SimpleNamespace(step=0), device="cpu")
     with screen.training(trainer, None):
         screen.stepped(1, 10, 64)
         screen.progress("a metric", 1, 3)

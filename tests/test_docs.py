@@ -12,7 +12,7 @@ import click
 import pytest
 
 from siv_core.cli.main import cli
-from siv_core.recipe import recipe
+from siv_core.recipe import options, recipe
 from siv_core.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,10 +139,24 @@ def test_each_of_readmes_jobs_installs_by_itself():
 
 
 def test_the_rooms_are_the_files():
-    rooms = TEXTS["architecture.md"].partition("## Rooms")[2].partition("\n## ")[0]
-    named = [name for row in re.findall(r"^\| (`.*?) \|", rooms, re.M) for name in re.findall(r"`(\w+\.py)`", row)]
-    there = {path.name for path in (ROOT / "siv_core").glob("*.py")} - {"__init__.py"}
-    assert sorted(named) == sorted(there)
+    section = TEXTS["architecture.md"].partition("## Rooms")[2].partition("\n## ")[0]
+    rooms = dict(re.findall(r"^\| (the root|`\w+/`)[^|]* \| (.*) \|$", section, re.M))
+    named = {
+        (room.strip("`/").replace("the root", "siv_core"), name)
+        for room, row in rooms.items()
+        for name in re.findall(r"`(\w+\.py)`", row)
+    }
+    there = {(path.parent.name, path.name) for path in (ROOT / "siv_core").rglob("*.py") if path.name != "__init__.py"}
+    assert named == there
+
+
+def test_three_clicks_from_the_readme_to_the_encoders_loss():
+    """README, the architecture, the code with its formula; and beside it which gradients move."""
+    assert "](docs/architecture.md)" in TEXTS["README.md"]
+    links = re.findall(r"\[`(\w+)`\]\(\.\./(siv_core/\S+\.py)\)", TEXTS["architecture.md"])
+    assert [name for name, _ in links] == ["encoder_half", "play"]
+    for name, path in links:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.M)
 
 
 @pytest.mark.parametrize(("page", "line"), TYPED)
@@ -164,13 +178,13 @@ def test_links_lead_somewhere(page):
 
 def test_the_options_of_train_are_all_named():
     section = TEXTS["recipes.md"].partition("## Options of `[train]`")[2].partition("\n## ")[0]
-    assert set(re.findall(r"`(\w+)`", section)) == {option.name for option in attrs.fields(recipe.Train)}
+    assert set(re.findall(r"`(\w+)`", section)) == {option.name for option in attrs.fields(options.Train)}
 
 
 def test_the_options_of_stages_and_init_exist():
     text = TEXTS["recipes.md"]
     stages = text.partition("## Stages")[2].partition("```")[0]
-    known = {option.name for option in attrs.fields(recipe.StageOptions)} | {*recipe.STAGED, "train.batch", "data.size", "name"}
+    known = {option.name for option in attrs.fields(options.StageOptions)} | {*recipe.STAGED, "train.batch", "data.size", "name"}
     assert set(re.findall(r"`([\w.]+)`", stages)) - {"train.length"} <= known
     init = text.partition("## Starting from another run")[2]
-    assert set(re.findall(r"[`(](\w+)[`,)]", init)) <= {option.name for option in attrs.fields(recipe.Init)}
+    assert set(re.findall(r"[`(](\w+)[`,)]", init)) <= {option.name for option in attrs.fields(options.Init)}

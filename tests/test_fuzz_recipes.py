@@ -29,7 +29,8 @@ from siv_core.component import Bounds
 from siv_core.errors import UserError
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe.convert import Length
-from siv_core.recipe.recipe import Init, Optim, Recipe, ShadowOptions, StageOptions, Train, load, parse
+from siv_core.recipe.options import Init, Optim, ShadowOptions, StageOptions, Train
+from siv_core.recipe.recipe import Recipe, load, parse
 from siv_core.store import memory
 
 COUNT = int(os.environ.get("SIV_CAMPAIGN_RECIPES", "300"))

@@ -12,7 +12,8 @@ from toys import SMALL
 
 from siv_core.errors import Diverged
 from siv_core.recipe.convert import Length
-from siv_core.recipe.recipe import Choice, Optim, StagePlan, Train
+from siv_core.recipe.options import Optim, Train
+from siv_core.recipe.recipe import Choice, StagePlan
 from siv_core.runs import session
 from siv_core.store.rundir import RunDir
 from siv_core.train import stage

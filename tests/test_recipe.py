@@ -20,8 +20,9 @@ from siv_core.component import PerGroup, option
 from siv_core.errors import UserError
 from siv_core.recipe import build
 from siv_core.recipe.convert import Length, describe, plain, structure
+from siv_core.recipe.options import Train
 from siv_core.recipe.overrides import lines_of, merge, overlay, paths, setting
-from siv_core.recipe.recipe import Recipe, Train, dataset_choice, differences, load
+from siv_core.recipe.recipe import Recipe, dataset_choice, differences, load
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))

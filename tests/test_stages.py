@@ -13,7 +13,8 @@ from test_resume import contents
 from siv_core.errors import UserError
 from siv_core.protocols import Rows, Spec
 from siv_core.recipe.convert import Length
-from siv_core.recipe.recipe import Choice, Optim, StagePlan
+from siv_core.recipe.options import Optim
+from siv_core.recipe.recipe import Choice, StagePlan
 from siv_core.store import checkpoint
 from siv_core.train import stage
 from siv_core.train.schedule import Schedule

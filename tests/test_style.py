@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ def test_files_and_functions_are_short(path):
 def test_modules_say_what_they_are_for(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not tree.body or ast.get_docstring(tree)
+
+
+def test_rooms_say_who_lives_there_in_a_sentence():
+    for path in (ROOT / "siv_core").glob("*/__init__.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert len(tree.body) == 1, f"{path}: a docstring, and nothing else"
+        assert 20 < len(ast.get_docstring(tree)) < 130
+
+
+def test_the_import_contract_names_rooms():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = contracts[0]["layers"]
+    assert len(layers) <= 12
+    assert contracts[0]["exhaustive"]
+    named = {name for layer in layers for name in re.split(r"[ |:]+", layer)}
+    assert {path.name for path in (ROOT / "siv_core").iterdir() if (path / "__init__.py").exists()} <= named
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ def data() -> None:
 def data_ls(as_json: bool) -> None:
     """List the data sets and whether they are at hand."""
     from siv_core.cli.console import Screen
-    from siv_core.recipe import catalogue
+    from siv_core.recipe import catalogue as catalogues
     from siv_core.store import files
 
-    known = catalogue.load()
+    catalogue = catalogues.load()
     rows = []
-    for name in known.names("dataset"):
-        component: Any = known.get("dataset", name)
+    for name in catalogue.names("dataset"):
+        component: Any = catalogue.get("dataset", name)
         try:
             lacking = component.build(component.config()).missing()
         except TypeError:  # a set with options that have no default is somebody's own file
@@ -68,12 +68,12 @@ def data_prepare(name: str, sets: tuple[str, ...]) -> None:
     watcher = screen()
     from siv_core.runs import opened
 
-    found: Any = opened.dataset_by_name(name, sets)
-    lacking = found.missing()
+    dataset: Any = opened.dataset_by_name(name, sets)
+    lacking = dataset.missing()
     if lacking:
         raise UserError(f"data '{name}' is not at hand: {lacking}")
-    found.prepare(watcher.progress)
-    watcher.say(f"data {name} is ready: fingerprint {found.fingerprint()}")
+    dataset.prepare(watcher.progress)
+    watcher.say(f"data {name} is ready: fingerprint {dataset.fingerprint()}")
 
 
 @data.command("check")
@@ -115,7 +115,7 @@ def show_report(watcher: Screen, path: Path, report: dict[str, Any]) -> None:
 def checked(path: Path, progress: Progress) -> dict[str, Any]:
     """The report of whoever knows files such as PATH: pictures, then the data sets with a `check` of their own, then HDF5."""
     from siv_core.data import datafile
-    from siv_core.recipe import catalogue
+    from siv_core.recipe import catalogue as catalogues
     from siv_core.use import own_pictures
 
     if not path.exists():
@@ -123,9 +123,9 @@ def checked(path: Path, progress: Progress) -> dict[str, Any]:
     if path.suffix.lower() in own_pictures.SUFFIXES:
         return own_pictures.check(path, progress)
     if path.suffix.lower() not in (".h5", ".hdf5"):
-        known = catalogue.load()
-        for name in known.names("dataset"):
-            component: Any = known.get("dataset", name)
+        catalogue = catalogues.load()
+        for name in catalogue.names("dataset"):
+            component: Any = catalogue.get("dataset", name)
             try:
                 check = getattr(component.build(component.config()), "check", None)
             except TypeError:  # options that have no default: somebody's own file

@@ -120,9 +120,9 @@ class Commands(click.Group):
             _end_unread()
             raise
         except Exception as error:
-            from siv_core.recipe import catalogue
+            from siv_core.recipe import catalogue as catalogues
 
-            blamed = None if isinstance(error, SivError) else catalogue.blame(error)
+            blamed = None if isinstance(error, SivError) else catalogues.blame(error)
             if context.params["traceback"] and (blamed or isinstance(error, SivError)):
                 traceback_module.print_exception(error)
             if blamed:
@@ -172,14 +172,14 @@ def run(
     if resumed and (profiles or run_dir or dry_run):
         raise click.UsageError("--resume takes recipe and profiles from the run; only --set, --max-time and --device go with it")
     watcher = screen(as_json)
-    from siv_core.recipe import catalogue
-    from siv_core.recipe import recipe as reader
+    from siv_core.recipe import catalogue as catalogues
+    from siv_core.recipe import recipe as recipes
     from siv_core.runs import device as devices
     from siv_core.runs import session
 
     if dry_run and recipe:
-        read = reader.load(recipe, catalogue.load(), profiles, sets, cpu_only=not devices.nvidia_present())
-        print_json(read.resolved())
+        loaded = recipes.load(recipe, catalogues.load(), profiles, sets, cpu_only=not devices.nvidia_present())
+        print_json(loaded.resolved())
         return
     more: dict[str, Any] = {"sets": sets, "device": device, "max_seconds": max_time, "watcher": watcher}
     if resumed:
@@ -208,15 +208,15 @@ def check(
     if device and not measure:
         raise click.UsageError("--device goes with --measure; nothing else is computed here")
     watcher = screen(as_json, at_once=True)
-    from siv_core.recipe import catalogue
-    from siv_core.recipe import recipe as reader
-    from siv_core.runs import check as inspect
+    from siv_core.recipe import catalogue as catalogues
+    from siv_core.recipe import recipe as recipes
+    from siv_core.runs import check as checks
     from siv_core.runs import device as devices
 
-    known = catalogue.load()
-    read = reader.load(recipe, known, profiles, sets, cpu_only=not devices.nvidia_present())
-    measured = inspect.measure(read, known, devices.pick_device(device or "auto"), watcher.progress) if measure else None
-    report = inspect.check(read, known)
+    catalogue = catalogues.load()
+    loaded = recipes.load(recipe, catalogue, profiles, sets, cpu_only=not devices.nvidia_present())
+    measured = checks.measure(loaded, catalogue, devices.pick_device(device or "auto"), watcher.progress) if measure else None
+    report = checks.check(loaded, catalogue)
     if as_json:
         print_json({**report, "measured": measured} if measure else report)
         return

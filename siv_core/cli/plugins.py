@@ -19,19 +19,19 @@ def list_plugins(kind: str | None, failed: str | None, as_json: bool) -> None:
     from siv_core.cli.console import Screen
     from siv_core.component import KINDS
     from siv_core.errors import near_miss
-    from siv_core.recipe import catalogue
+    from siv_core.recipe import catalogue as catalogues
 
     if kind and kind not in KINDS:
         raise UserError(f"--kind {kind}: no such kind{near_miss(kind, KINDS)}")
-    known = catalogue.load()
+    catalogue = catalogues.load()
     if failed:
-        failure = known.failure(failed)
+        failure = catalogue.failure(failed)
         if as_json:
             print_json({"plugin": failed, "reason": failure.reason, "traceback": failure.details})
         else:
             click.echo(failure.details.rstrip() or f"no traceback: {failure.reason}")
         return
-    found = [
+    components = [
         {
             "kind": k,
             "name": name,
@@ -39,22 +39,22 @@ def list_plugins(kind: str | None, failed: str | None, as_json: bool) -> None:
             "plugin": owner.plugin,
             "from": f"{owner.distribution} {owner.version}",
         }
-        for (k, name), (component, owner) in sorted(known.components.items())
+        for (k, name), (component, owner) in sorted(catalogue.components.items())
         if kind in (None, k)
     ]
     broken = [
         {"plugin": f.owner.plugin, "from": f"{f.owner.distribution} {f.owner.version}", "reason": f.reason}
-        for f in known.failures
+        for f in catalogue.failures
     ]
     if as_json:
-        print_json({"components": found, "broken": broken, "slow": list(known.slow)})
+        print_json({"components": components, "broken": broken, "slow": list(catalogue.slow)})
         return
     columns = ("kind", "name", "plugin", "from", "summary")
     out = Screen()
-    out.table("Components", columns, [tuple(str(entry[column]) for column in columns) for entry in found])
+    out.table("Components", columns, [tuple(str(entry[column]) for column in columns) for entry in components])
     if broken:
         out.table("Not usable", ("plugin", "from", "reason"), [tuple(entry.values()) for entry in broken])
-    for line in known.slow:
+    for line in catalogue.slow:
         out.say(line)
 
 
@@ -67,18 +67,19 @@ def describe(kind: str, name: str, as_json: bool) -> None:
     from siv_core.cli.console import Screen
     from siv_core.component import KINDS
     from siv_core.errors import near_miss
-    from siv_core.recipe import catalogue, convert
+    from siv_core.recipe import catalogue as catalogues
+    from siv_core.recipe import convert
 
     if kind not in KINDS:
         raise UserError(f"'{kind}' is no kind{near_miss(kind, KINDS)}")
-    known = catalogue.load()
-    component = known.get(kind, name)
+    catalogue = catalogues.load()
+    component = catalogue.get(kind, name)
     report: dict[str, Any] = {
         "kind": kind,
         "name": name,
         "summary": component.summary,
         "paper": component.paper,
-        "from": str(known.owner(kind, name)),
+        "from": str(catalogue.owner(kind, name)),
         "options": convert.describe(component.config),
     }
     if as_json:

@@ -50,35 +50,35 @@ def sweep(
 ) -> None:
     """Run every trial of SWEEP that is not finished, then show the table; the same command goes on where it was stopped."""
     watcher = screen(as_json)
-    from siv_core.recipe import catalogue
+    from siv_core.recipe import catalogue as catalogues
     from siv_core.runs import device as devices
     from siv_core.sweep import sweep as sweeps
     from siv_core.sweep import table as sweep_table
 
-    read = sweeps.load(sweep, sets)
-    chosen = sweeps.chosen(read, only)
-    known = catalogue.load()
-    recipes = sweeps.resolve(read, known, cpu_only=not devices.nvidia_present())
-    root = root or Path("runs") / read.name
-    for line in sweep_table.check_folder(read, recipes, root):
+    plan = sweeps.load(sweep, sets)
+    chosen = sweeps.chosen(plan, only)
+    catalogue = catalogues.load()
+    recipes = sweeps.resolve(plan, catalogue, cpu_only=not devices.nvidia_present())
+    root = root or Path("runs") / plan.name
+    for line in sweep_table.check_folder(plan, recipes, root):
         watcher.say(line)
     if dry_run:
-        listed = [one for one in sweep_table.outcomes(read, recipes, root) if one.trial.name in chosen]
-        show_trials(read, listed, watcher, device, as_json)
+        listed = [one for one in sweep_table.outcomes(plan, recipes, root) if one.trial.name in chosen]
+        show_trials(plan, listed, watcher, device, as_json)
         return
     ended: dict[str, str] = {}
     if not only_table:
-        ended = run_trials(read, recipes, chosen, root, watcher, jobs, max_time, device)
-    found = sweep_table.outcomes(read, recipes, root)
-    result = report(read, found, root, watcher)
+        ended = run_trials(plan, recipes, chosen, root, watcher, jobs, max_time, device)
+    outcomes = sweep_table.outcomes(plan, recipes, root)
+    result = report(plan, outcomes, root, watcher)
     if as_json:
         print_json(result)
-    asked = [one for one in found if one.trial.name in chosen and not only_table]
+    asked = [one for one in outcomes if one.trial.name in chosen and not only_table]
     fail([ended.get(one.trial.name, "diverged" if one.state == "diverged" else "") for one in asked])
 
 
 def run_trials(
-    read: Sweep,
+    plan: Sweep,
     recipes: dict[str, Recipe],
     chosen: set[str],
     root: Path,
@@ -88,7 +88,7 @@ def run_trials(
     device: str,
 ) -> dict[str, str]:
     """{trial: how it ended} of those that were run now; finished and diverged ones are left alone."""
-    from siv_core.recipe import catalogue
+    from siv_core.recipe import catalogue as catalogues
     from siv_core.runs import device as devices
     from siv_core.store import files
     from siv_core.store.rundir import RunDir
@@ -97,11 +97,11 @@ def run_trials(
 
     begun, watcher.line_seconds = time.monotonic(), LINE_SECONDS
     on_cpu = devices.pick_device(device).type == "cpu"
-    steps = sweep_jobs.prepare(read, recipes, catalogue.load(), watcher)
+    steps = sweep_jobs.prepare(plan, recipes, catalogues.load(), watcher)
     files.make_folder(root)
     with RunDir(root).locked():
-        files.write_bytes(root / "sweep.toml", read.source)
-        states = {one.trial.name: one.state for one in sweep_table.outcomes(read, recipes, root) if one.trial.name in chosen}
+        files.write_bytes(root / "sweep.toml", plan.source)
+        states = {one.trial.name: one.state for one in sweep_table.outcomes(plan, recipes, root) if one.trial.name in chosen}
         todo = [name for name, state in states.items() if state not in ("finished", "diverged")]
         limit = limit or (sweep_jobs.cores() if on_cpu else 1)
         crew = sweep_jobs.Crew(watcher, limit)
@@ -112,7 +112,7 @@ def run_trials(
         for name, state in states.items():
             if state == "diverged":
                 watcher.say(f"{name} diverged before and would again: move {root / name} away to try it once more")
-        jobs = sweep_jobs.jobs_of(read, todo, steps, root, device)
+        jobs = sweep_jobs.jobs_of(plan, todo, steps, root, device)
         try:
             if not crew.work(jobs, None if max_time is None else begun + max_time):
                 watcher.say(f"stopped after {max_time:.0f} s as asked; the same command goes on")
@@ -122,22 +122,22 @@ def run_trials(
     return crew.ended
 
 
-def report(read: Sweep, found: list[Outcome], root: Path, watcher: Screen) -> dict[str, Any]:
+def report(plan: Sweep, outcomes: list[Outcome], root: Path, watcher: Screen) -> dict[str, Any]:
     """Table and pictures, on the screen and in the sweep's folder."""
     from siv_core.store import files
     from siv_core.sweep import pictures as sweep_pictures
     from siv_core.sweep import table as sweep_table
 
     files.make_folder(root)
-    result, drawn = sweep_table.table(read, found), []
-    for path, reason in sweep_pictures.draw(read, found, root):
+    result, drawn = sweep_table.table(plan, outcomes), []
+    for path, reason in sweep_pictures.draw(plan, outcomes, root):
         if reason:
             result["notes"].append(f"picture {path.name} was not drawn: {reason}")
         else:
             drawn.append(path)
     written = [*sweep_table.write(result, root), *drawn]
     head, lines = sweep_table.text_rows(result)
-    watcher.table(read.name, head, lines)
+    watcher.table(plan.name, head, lines)
     for note in result["notes"]:
         watcher.say(note)
     for path in written:
@@ -145,7 +145,7 @@ def report(read: Sweep, found: list[Outcome], root: Path, watcher: Screen) -> di
     return result
 
 
-def show_trials(read: Sweep, found: list[Outcome], watcher: Screen, device: str, as_json: bool) -> None:
+def show_trials(plan: Sweep, outcomes: list[Outcome], watcher: Screen, device: str, as_json: bool) -> None:
     """What would be run, each as the command that it is."""
     from siv_core.sweep import jobs as sweep_jobs
 
@@ -156,10 +156,10 @@ def show_trials(read: Sweep, found: list[Outcome], watcher: Screen, device: str,
             "run": str(one.run.path),
             "command": shlex.join(["siv", *sweep_jobs.command(one.trial, one.run.path, device)]),
         }
-        for one in found
+        for one in outcomes
     ]
     if as_json:
-        print_json({"sweep": read.name, "trials": listed})
+        print_json({"sweep": plan.name, "trials": listed})
         return
     for entry in listed:
         watcher.say(f"{entry['trial']} ({entry['state']})\n    {entry['command']}")

@@ -17,7 +17,8 @@ from siv_core.model import Model
 from siv_core.nets import Priors, tree_map
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
 from siv_core.recipe.catalogue import Catalogue, blame, words
-from siv_core.recipe.recipe import PLAYERS, Choice, Recipe, StagePlan
+from siv_core.recipe.options import PLAYERS
+from siv_core.recipe.recipe import Choice, Recipe, StagePlan
 from siv_core.seeding import stream_seed
 from siv_core.store import memory
 

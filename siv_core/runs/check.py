@@ -15,23 +15,23 @@ from attrs import frozen
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from siv_core.recipe import build
-from siv_core.use import evaluate
-from siv_core.runs import opened, session
-from siv_core.train import stage
-from siv_core.runs import device as devices
-from siv_core.recipe.build import Built
-from siv_core.recipe.catalogue import Catalogue
 from siv_core.errors import UserError
 from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
-from siv_core.train.parallel import Parallel
 from siv_core.protocols import Batch, Progress, Rows, Spec, Stage
+from siv_core.recipe import build
+from siv_core.recipe.build import Built
+from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.recipe import Recipe
-from siv_core.store.rundir import RunDir
+from siv_core.runs import device as devices
+from siv_core.runs import opened, session
 from siv_core.seeding import Streams
+from siv_core.store.rundir import RunDir
+from siv_core.train import stage
+from siv_core.train.parallel import Parallel
 from siv_core.train.stage import ActiveStage
 from siv_core.train.step import play, tensors_of
 from siv_core.train.trainer import Trainer
+from siv_core.use import evaluate
 
 WARM_UP_STEPS = 3  # the first allocate memory and the optimisers' moments
 MEASURED_SECONDS = 4.0  # a stage, after the warm-up

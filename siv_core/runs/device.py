@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from siv_core.train import parallel
 from siv_core.errors import UserError
-from siv_core.recipe.recipe import Train
+from siv_core.recipe.options import Train
+from siv_core.train import parallel
 
 
 def nvidia_present() -> bool:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from siv_core.recipe import build, catalogue, recipe
-from siv_core.store import checkpoint
-from siv_core.runs import record
-from siv_core.recipe.build import Built
-from siv_core.store.checkpoint import Checkpoint
-from siv_core.runs.device import pick_device
 from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.nets import set_stage
 from siv_core.protocols import Stage
+from siv_core.recipe import build
+from siv_core.recipe import catalogue as catalogues
+from siv_core.recipe import recipe as recipes
+from siv_core.recipe.build import Built
+from siv_core.runs import record
+from siv_core.runs.device import pick_device
+from siv_core.store import checkpoint
+from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
 
 
@@ -43,10 +45,10 @@ def open_run(run_path: str | Path, step: str, weights: str, device: str) -> Open
     """As `load`, with what belongs to the model."""
     run_dir = RunDir.existing(Path(run_path))
     manifest = run_dir.manifest()
-    known = catalogue.load()
-    asked = recipe.load(run_dir.path / "recipe.toml", known, ("none", *manifest["profiles"]), manifest["sets"])
-    data = build.dataset(asked, known)
-    built = build.build(asked, known, data, record.spec_of(manifest) if data.missing() else None)
+    catalogue = catalogues.load()
+    recipe = recipes.load(run_dir.path / "recipe.toml", catalogue, ("none", *manifest["profiles"]), manifest["sets"])
+    data = build.dataset(recipe, catalogue)
+    built = build.build(recipe, catalogue, data, record.spec_of(manifest) if data.missing() else None)
     saved = Checkpoint.open(checkpoint.path_of(run_dir.checkpoints, step))
     model = model_of(built, saved, weights, pick_device(device))
     record.same_recipe(run_dir, saved)
@@ -65,14 +67,14 @@ def model_of(built: Built, saved: Checkpoint, weights: str, device: torch.device
     return built.model(modules, device, f"{saved.name}, {used} weights", plan)
 
 
-def start_of(asked: recipe.Recipe) -> Checkpoint:
+def start_of(recipe: recipes.Recipe) -> Checkpoint:
     """The checkpoint that `[init]` names."""
-    assert asked.init
+    assert recipe.init
     try:
-        saved = Checkpoint.open(checkpoint.path_of(RunDir.existing(Path(asked.init.run)).checkpoints, asked.init.checkpoint))
-        saved.which(asked.init.weights)
+        saved = Checkpoint.open(checkpoint.path_of(RunDir.existing(Path(recipe.init.run)).checkpoints, recipe.init.checkpoint))
+        saved.which(recipe.init.weights)
     except UserError as error:
-        raise asked.told(f"init.run: {line}" for line in error.problems) from error
+        raise recipe.told(f"init.run: {line}" for line in error.problems) from error
     return saved
 
 
@@ -86,6 +88,6 @@ def need_data(built: Built, progress: Any) -> None:
 
 def dataset_by_name(name: str, sets: tuple[str, ...] = ()) -> Any:
     """A data set outside a recipe, with `KEY=VALUE` options."""
-    known = catalogue.load()
-    known.get("dataset", name)
-    return build.component(known, recipe.dataset_choice(known, name, sets))
+    catalogue = catalogues.load()
+    catalogue.get("dataset", name)
+    return build.component(catalogue, recipes.dataset_choice(catalogue, name, sets))

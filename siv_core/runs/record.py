@@ -16,18 +16,18 @@ import attrs
 import cattrs
 import torch
 
-from siv_core.store import checkpoint, files
-from siv_core.use import evaluate, pictures
-from siv_core.recipe import recipe
-from siv_core.recipe.build import Built
-from siv_core.store.checkpoint import Checkpoint
-from siv_core.recipe.convert import Length
 from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.protocols import Metric, Spec
+from siv_core.recipe import recipe as recipes
+from siv_core.recipe.build import Built
+from siv_core.recipe.convert import Length
+from siv_core.store import checkpoint, files
+from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.train.schedule import Schedule, stage_ends
 from siv_core.train.trainer import Trainer
+from siv_core.use import evaluate, pictures
 
 LIBRARIES = ("siv", "torch", "torchvision", "numpy", "safetensors", "h5py", "pluggy", "attrs", "cattrs")
 DECIDES_BITS = ("threads", "processes", "device", "torch", "numpy", "siv")
@@ -70,7 +70,7 @@ def check_same(run_dir: RunDir, built: Built, saved: Checkpoint) -> None:
 def same_recipe(run_dir: RunDir, saved: Checkpoint) -> None:
     """A `UserError` where a checkpoint was saved by another recipe's run; those of earlier versions do not tell."""
     resolved = saved.state.get("resolved")
-    differing = [] if resolved is None else recipe.differences(run_dir.resolved(), resolved)
+    differing = [] if resolved is None else recipes.differences(run_dir.resolved(), resolved)
     if differing:
         raise UserError([f"{saved.path}: saved by another recipe; these differ:", *differing, *checkpoint.offer(saved.path)])
 
@@ -189,17 +189,17 @@ def append_metrics(
 def write_head(run_dir: RunDir, trainer: Trainer, say: Callable[[str], None], offsets: Mapping[str, int]) -> None:
     """What a run writes before its first step, or before it goes on."""
     run_dir.cut(dict(offsets))
-    before, read = earlier(run_dir), trainer.built.recipe
+    before, recipe = earlier(run_dir), trainer.built.recipe
     checkpoint.prune(
-        run_dir.checkpoints, read.train.keep_every, trainer.counters.step
+        run_dir.checkpoints, recipe.train.keep_every, trainer.counters.step
     )  # a kill may have come between save and this
     now = manifest(trainer)
     for what in changed_machine(before, now):
         say(f"{what}: the last bits may differ from a run that was not interrupted")
-    files.write_bytes(run_dir.path / "recipe.toml", read.source)
+    files.write_bytes(run_dir.path / "recipe.toml", recipe.source)
     past = [*before.get("history", []), {key: before.get(key) for key in KEPT}] if before else []
     run_dir.write("manifest", {**now, "history": past})
-    files.write_json(run_dir.path / "resolved.json", read.resolved())
+    files.write_json(run_dir.path / "resolved.json", recipe.resolved())
     run_dir.status("running", step=trainer.counters.step)
     run_dir.log(f"start: {shlex.join(sys.argv)}")
     say(f"run directory {run_dir.path}")
@@ -215,21 +215,21 @@ def changed_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 def manifest(trainer: Trainer) -> dict[str, Any]:
     """Where and with what a run was made."""
-    read = trainer.built.recipe
-    used = {(choice.kind, choice.name) for choice in (read.data, read.reconstruction, *read.network)}
-    used |= {("metric", plan.choice.name) for plan in read.metrics.values()}
-    used |= {("prior", choice.name) for choice in read.prior.values()}
-    used |= {("objective", plan.objective.name) for plan in read.stages}
+    recipe = trainer.built.recipe
+    used = {(choice.kind, choice.name) for choice in (recipe.data, recipe.reconstruction, *recipe.network)}
+    used |= {("metric", plan.choice.name) for plan in recipe.metrics.values()}
+    used |= {("prior", choice.name) for choice in recipe.prior.values()}
+    used |= {("objective", plan.objective.name) for plan in recipe.stages}
     device, data = trainer.device, trainer.built.dataset
     about: dict[str, Any] = getattr(data, "about", dict)()
     return {
-        "recipe": read.name,
-        "profiles": list(read.profiles),
-        "automatic_profile": read.automatic_profile,
-        "sets": list(read.sets),
+        "recipe": recipe.name,
+        "profiles": list(recipe.profiles),
+        "automatic_profile": recipe.automatic_profile,
+        "sets": list(recipe.sets),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "seed": read.train.seed,
+        "seed": recipe.train.seed,
         "threads": torch.get_num_threads(),
         "processes": trainer.parallel.world,
         "device": torch.cuda.get_device_name(device)
@@ -240,7 +240,7 @@ def manifest(trainer: Trainer) -> dict[str, Any]:
         "libraries": {name: version(name) for name in LIBRARIES},
         "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
         "git": _git(),
-        "data": {"name": read.data.name, "fingerprint": data.fingerprint(), "residency": trainer.feed.residency, **about},
+        "data": {"name": recipe.data.name, "fingerprint": data.fingerprint(), "residency": trainer.feed.residency, **about},
         "spec": attrs.asdict(attrs.evolve(trainer.built.spec, factors=dict(trainer.built.spec.factors))),
         "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
         "warnings": trainer.health.told,

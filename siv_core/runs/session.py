@@ -11,20 +11,22 @@ from typing import Any, Protocol
 import torch
 from attrs import frozen
 
-from siv_core.recipe import build, catalogue, recipe
-from siv_core.store import checkpoint, rundir
-from siv_core.use import evaluate, pictures
-from siv_core.train import parallel
-from siv_core.runs import record
-from siv_core.recipe.build import Built
-from siv_core.store.checkpoint import Checkpoint
-from siv_core.runs.device import nvidia_present, pick_device, set_precision
 from siv_core.errors import Diverged, SivError, Stopped, UserError
 from siv_core.model import Model
-from siv_core.train.observer import Observer
+from siv_core.recipe import build
+from siv_core.recipe import catalogue as catalogues
+from siv_core.recipe import recipe as recipes
+from siv_core.recipe.build import Built
+from siv_core.runs import record
+from siv_core.runs.device import nvidia_present, pick_device, set_precision
 from siv_core.runs.opened import load, start_of
+from siv_core.store import checkpoint, rundir
+from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
+from siv_core.train import parallel
+from siv_core.train.observer import Observer
 from siv_core.train.trainer import Trainer
+from siv_core.use import evaluate, pictures
 
 
 class Watcher(Observer, Protocol):
@@ -67,7 +69,7 @@ class Run:
 
 @frozen
 class Request:
-    """What was asked of `run`, beside the recipe."""
+    """What was recipe of `run`, beside the recipe."""
 
     profiles: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
@@ -89,12 +91,12 @@ def run(path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -
     overrides.update({key: Path(overrides[key]) for key in ("run_dir", "root") if overrides.get(key)})
     overrides.update({key: tuple(overrides[key]) for key in ("profiles", "sets") if key in overrides})
     request = Request(**overrides)
-    known = catalogue.load()
-    asked = recipe.load(Path(path), known, request.profiles, request.sets, cpu_only=not nvidia_present())
+    catalogue = catalogues.load()
+    recipe = recipes.load(Path(path), catalogue, request.profiles, request.sets, cpu_only=not nvidia_present())
     watcher = watcher or Silent()
-    if asked.automatic_profile:
+    if recipe.automatic_profile:
         watcher.say("no NVIDIA device here: profile 'cpu' applies (turn it off with --profile none)")
-    return start(asked, known, request, watcher)
+    return start(recipe, catalogue, request, watcher)
 
 
 def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
@@ -108,30 +110,30 @@ def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides:
         device=overrides.get("device", "auto"),
         max_seconds=overrides.get("max_seconds"),
     )
-    known = catalogue.load()
-    asked = recipe.load(run_dir.path / "recipe.toml", known, request.profiles, request.sets)
-    return start(recipe.as_before(asked, manifest), known, request, watcher or Silent())
+    catalogue = catalogues.load()
+    recipe = recipes.load(run_dir.path / "recipe.toml", catalogue, request.profiles, request.sets)
+    return start(recipes.as_before(recipe, manifest), catalogue, request, watcher or Silent())
 
 
-def start(asked: recipe.Recipe, known: catalogue.Catalogue, request: Request, watcher: Watcher) -> Run:
+def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Request, watcher: Watcher) -> Run:
     """Data, networks, run directory, training, pictures and metrics, in this order."""
-    for line in known.slow:
+    for line in catalogue.slow:
         watcher.say(line)
     device = pick_device(request.device)
-    data = build.dataset(asked, known)
+    data = build.dataset(recipe, catalogue)
     if data.missing():
-        raise UserError(f"data '{asked.data.name}' is not at hand: {data.missing()}")
+        raise UserError(f"data '{recipe.data.name}' is not at hand: {data.missing()}")
     processes = parallel.start(device)
-    for plan in asked.stages:
+    for plan in recipe.stages:
         processes.share(plan.batch)  # a batch smaller than the number of processes is told before anything is made
     if processes.main:
         data.prepare(watcher.progress)
     processes.wait()
-    built = build.build(asked, known, data)
+    built = build.build(recipe, catalogue, data)
     build.room(built, on_cpu=device.type == "cpu")
     # a run to start from that is not there is told before anything is made
     fresh = not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints"))
-    first = start_of(asked) if asked.init and fresh else None
+    first = start_of(recipe) if recipe.init and fresh else None
     lacking = build.missing(built)
     if lacking:
         raise UserError(lacking)
@@ -140,8 +142,8 @@ def start(asked: recipe.Recipe, known: catalogue.Catalogue, request: Request, wa
             watcher.say(f"metric {name}: will be skipped in part: {need}")
     if built.spec.kind != "image" and not evaluate.drawer(built.metrics()):
         watcher.say("no pictures of samples: such data is drawn by a metric that can, as [metrics.density2d] points of the plane")
-    set_precision(asked.train)
-    run_dir = _run_dir(asked, request, processes, watcher)
+    set_precision(recipe.train)
+    run_dir = _run_dir(recipe, request, processes, watcher)
     with run_dir.locked() if processes.main else contextlib.nullcontext():
         try:
             return _train_and_measure(built, run_dir, first, device, processes, request, watcher)
@@ -243,14 +245,14 @@ def finish(trainer: Trainer, watcher: Watcher) -> None:
 # -- small things ----------------------------------------------------------------------------------------------------------------
 
 
-def _run_dir(asked: recipe.Recipe, request: Request, processes: parallel.Parallel, watcher: Watcher) -> RunDir:
+def _run_dir(recipe: recipes.Recipe, request: Request, processes: parallel.Parallel, watcher: Watcher) -> RunDir:
     """The directory of this run; every process gets the same one."""
-    resolved = asked.resolved()
+    resolved = recipe.resolved()
     if request.run_dir:
         run_dir = RunDir.at(request.run_dir)
         if (run_dir.path / "resolved.json").exists():
             run_dir.to_go_on()
-            differing = recipe.differences(run_dir.resolved(), resolved)
+            differing = recipes.differences(run_dir.resolved(), resolved)
             if differing:
                 raise UserError([f"{run_dir.path}: holds another run; these differ:", *differing])
         return run_dir
@@ -258,7 +260,7 @@ def _run_dir(asked: recipe.Recipe, request: Request, processes: parallel.Paralle
         watcher.say(f"{path} is an unfinished run of the same recipe: `siv run --resume {path}` goes on with it")
     if processes.world > 1:
         raise UserError("several processes need a directory they all know: give --run-dir")
-    return RunDir.create(request.root, asked.name)
+    return RunDir.create(request.root, recipe.name)
 
 
 def _close(run_dir: RunDir, processes: parallel.Parallel, state: str, counters: Any, watcher: Watcher, line: str) -> None:

@@ -63,17 +63,17 @@ class Working:
 # -- before the first one --------------------------------------------------------------------------------------------------------
 
 
-def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], known: Catalogue, board: Board) -> dict[str, int]:
+def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], catalogue: Catalogue, board: Board) -> dict[str, int]:
     """{trial: its steps}: the data at hand and prepared, every trial built once. A `UserError` has all that does not fit."""
     datasets: dict[str, Any] = {}
 
-    def dataset(read: Recipe) -> Any:
-        key = json.dumps(read.data.tree(), sort_keys=True)
+    def dataset(recipe: Recipe) -> Any:
+        key = json.dumps(recipe.data.tree(), sort_keys=True)
         if key not in datasets:
-            datasets[key] = build.dataset(read, known)
+            datasets[key] = build.dataset(recipe, catalogue)
         lacking = datasets[key].missing()
         if lacking:
-            raise UserError(f"data '{read.data.name}' is not at hand: {lacking}")
+            raise UserError(f"data '{recipe.data.name}' is not at hand: {lacking}")
         return datasets[key]
 
     at_hand = for_each(sweep, recipes, dataset)
@@ -86,7 +86,7 @@ def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], known: Catalogue, board
         key = json.dumps({**tree, "train": {**tree["train"], "seed": 0}}, sort_keys=True)  # a seed changes no shape
         if key not in steps:
             try:
-                made = build.build(recipes[name], known, at_hand[name])
+                made = build.build(recipes[name], catalogue, at_hand[name])
                 lacking = build.missing(made)
                 steps[key] = UserError(lacking) if lacking else record.schedule_of(made).total
             except UserError as error:

@@ -14,7 +14,8 @@ from typing import Any
 
 from attrs import Factory, define, field, frozen
 
-from siv_core.recipe.recipe import StagePlan, Train
+from siv_core.recipe.options import Train
+from siv_core.recipe.recipe import StagePlan
 from siv_core.train.schedule import Schedule
 
 # In the shipped recipes KL real >= KL generated holds for at most 3 ticks, 300 steps, on end: when an introspective stage begins.

@@ -14,7 +14,8 @@ from torch import Tensor
 from siv_core.nets import encode_group, make_nets, parts, set_stage, sources
 from siv_core.protocols import Batch, Nets, Objective, Stage
 from siv_core.recipe.build import check_forward
-from siv_core.recipe.recipe import Optim, StagePlan
+from siv_core.recipe.options import Optim
+from siv_core.recipe.recipe import StagePlan
 from siv_core.train.players import changed, take_over
 from siv_core.train.step import tensors_of
 
