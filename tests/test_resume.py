@@ -339,7 +339,7 @@ def test_random_kills_in_wall_time(recipe, tmp_path, undisturbed):
     expected, _ = undisturbed
     for i in range(int(os.environ.get("SIV_RANDOM_KILLS", "4"))):
         run = tmp_path / f"run{i}"
-        for attempt in range(20):
+        for attempt in range(6):
             fresh = i == 0 and attempt < 2
             process = start(recipe, run, fresh=fresh)
             try:

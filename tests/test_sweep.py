@@ -14,6 +14,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from attrs import evolve
@@ -613,6 +614,11 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def fork(folder: Path, *arguments: str) -> forked.Siv:
+    """The same as a fork, and so are its trials."""
+    return forked.Siv(folder, "sweep", *arguments, "--device", "cpu")
+
+
 def wait_for(condition, seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -631,8 +637,8 @@ def test_a_stopped_sweep_goes_on(tmp_path, siv):
     (tmp_path / "tiny.toml").write_text(TINY.replace('"12 steps"', '"600 steps"').replace('"4 steps"', '"200 steps"'))
     (tmp_path / "four.toml").write_text(FOUR + 'train.length = "12 steps"\n')
     root = tmp_path / "runs/four"
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        process = start(tmp_path, "four.toml", "--jobs", "2")
+    for signum, begin in ((signal.SIGINT, start), (signal.SIGHUP, fork)):
+        process = begin(tmp_path, "four.toml", "--jobs", "2")
         wait_for(lambda: all((root / f"VAE_seed={seed}/status.json").exists() for seed in (0, 1)))
         wait_for(lambda: [state_of(root / f"VAE_seed={seed}") for seed in (0, 1)] == ["running", "running"])
         process.send_signal(signum)
