@@ -169,6 +169,7 @@ def measure(recipe: Recipe, catalogue: Catalogue, device: torch.device, progress
         trainer.counters.step = trainer.schedule.first(number)
         trainer.active = stage.enter(trainer, number)
         seconds = seconds_per_step(trainer, trainer.active)
+        trainer.counters.step = trainer.schedule.first(number) + 1  # timing went on beyond the stage
         if built.spec.kind == "image":
             evaluate.preview(trainer.model(), built.dataset, {}, recipe.train.seed)  # a run draws them: their memory
         steps = trainer.schedule.steps(number) if at_hand or plan.length.unit != "epochs" else None
