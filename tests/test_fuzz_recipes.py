@@ -29,7 +29,7 @@ from siv_core.component import Bounds
 from siv_core.errors import UserError
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe.convert import Length
-from siv_core.recipe.options import Init, Optim, ShadowOptions, StageOptions, Train
+from siv_core.recipe.options import Cadence, Init, Optim, ShadowOptions, StageOptions, Train
 from siv_core.recipe.recipe import Recipe, load, parse
 from siv_core.store import memory
 
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(memory, "free", lambda: 300_000_000)
+        patch.setattr(memory, "free", lambda device="cpu": 300_000_000)
         yield folder
 
 
@@ -109,7 +109,7 @@ def again(resolved: dict[str, Any]) -> dict[str, Any]:
     tree["prior"] = named or resolved["prior"]["all"]
     tree["stages"] = []
     for stage in resolved["stages"]:
-        own = {key: stage[key] for key in ("length", "fade", "reset_optimisers", "objective")}
+        own = {key: stage[key] for key in ("length", "fade", "fade_shape", "reset_optimisers", "objective")}
         players = {player: values for player, values in stage["optim"].items() if player != "all"}
         own.update(optim={**stage["optim"]["all"], **players}, train={"batch": stage["batch"]})
         if stage["size"] is not None:
@@ -252,7 +252,8 @@ def trees(draw: Any, wrong: float = 0.03) -> dict[str, Any]:
             draw(st.sampled_from(["encoder", "decoder", "prior", "decodr", ""])): draw(options(Optim)),
         }
     if draw(some):
-        tree["metrics"] = {choice["name"]: choice for choice in draw(st.lists(component("metric", wrong), max_size=2))}
+        chosen = draw(st.lists(component("metric", wrong), max_size=2))
+        tree["metrics"] = {choice["name"]: {**choice, **draw(options(Cadence, wrong=wrong))} for choice in chosen}
     if draw(one_in(wrong)):
         tree[draw(st.sampled_from([*tree, "trian", "priors", ""]))] = draw(WRONG)
     return tree

@@ -208,7 +208,7 @@ def test_a_metric_that_raises_loses_neither_the_others_nor_the_run(installed, tm
 def test_a_metric_that_gives_no_measurement_is_skipped(measured, reason):
     metric = SimpleNamespace(measure=lambda model, data, progress: measured)
     log = []
-    [line] = evaluate.measure({"m": metric}, None, None, {"by": "run"}, None, log.append)
+    ([line], _) = evaluate.measure({"m": metric}, None, None, {"by": "run"}, None, log.append)
     assert line["skipped"].startswith(reason)
     assert line["by"] == "run"
     assert log[0].startswith("metric m failed\nTraceback")

@@ -108,7 +108,8 @@ def test_resolved_is_json_with_every_default(read, catalogue):
         options = {row["option"] for row in describe(catalogue.get(kind, name).config)}
         assert tree.keys() == options | {"name"}
     assert resolved["prior"] == {"all": {"name": "standard_normal"}}
-    assert resolved["shadow"] == {"of": ["encoder", "decoder", "prior"], "half_life": "10000 images"}
+    averaged = {"of": ["encoder", "decoder", "prior"], "half_life": "10000 images"}
+    assert resolved["shadow"] == {**averaged, "warm_up": 0.0, "buffers": "copy"}
 
 
 def test_encoder_and_decoder_of_two_components(read):

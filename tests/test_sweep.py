@@ -134,7 +134,7 @@ def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
     found = sweep.resolve(made, catalogue, cpu_only=False)
     assert len(found) == len(made.trials) == numbers[path.stem]
     for read in found.values():
-        measured = read.metrics["density2d"].config
+        measured = read.metrics["density2d"].choice.config
         assert len({plan.objective.config.beta_rec for plan in read.stages} | {measured.beta_rec}) == 1
         assert len({plan.objective.config.beta_kl for plan in read.stages} | {measured.beta_kl}) == 1
 
