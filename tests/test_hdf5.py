@@ -413,7 +413,7 @@ cli.main()
 
 
 def test_a_child_that_computes_without_an_end_is_ended():
-    code = "from siv_core import hdf5_child\nhdf5_child._hurry(0.2, 60)\nwhile True: pass"
+    code = "from siv_core.data import hdf5_child\nhdf5_child._hurry(0.2, 60)\nwhile True: pass"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGPROF
 
 
