@@ -47,7 +47,11 @@ class Model:
 
     def in_training_mode(self) -> Model:
         """Copies of its networks that take the statistics of the batch they see, at most `BATCH` images, as in training."""
-        return evolve(self, encoder=copy.deepcopy(self.encoder), decoder=copy.deepcopy(self.decoder), training=True)
+        copies = copy.deepcopy(self.encoder), copy.deepcopy(self.decoder)
+        for module in (part for network in copies for part in network.modules()):
+            if hasattr(module, "alone"):  # it shares its statistics with other processes, which do not use this model
+                module.alone()  # type: ignore[operator]
+        return evolve(self, encoder=copies[0], decoder=copies[1], training=True)
 
     @contextmanager
     def _quiet(self) -> Iterator[Nets]:

@@ -62,13 +62,21 @@ def example(spec: Spec, n: int = N) -> Tensor:
 
 
 def check_network(networks: Networks, spec: Spec) -> None:
-    """Shapes, groups, finite values and gradients, the same result twice, and no call of a global random function."""
+    """Shapes, groups, finite values and gradients, the same result twice, and no call of a global random function.
+
+    `set_stage` and `begin` are called first, in this order, as when training begins.
+    """
     wrong = next(network_problems(networks), None)
     assert wrong is None, wrong
     x, labels = example(spec), torch.arange(N) % (spec.classes or 1) if spec.conditional else None
     state = torch.random.get_rng_state()
-    set_stage(networks[:2], Stage(0, spec.shape, torch.ones(())))
+    stage = Stage(0, spec.shape, torch.ones(()))
+    set_stage(networks[:2], stage)
     nets = make_nets({"encoder": networks.encoder, "decoder": networks.decoder}, torch.sub)
+    for network in networks[:2]:
+        if hasattr(network, "begin"):
+            with torch.no_grad():
+                network.begin(stage, iter([Batch(x, labels)]), nets.encoder)  # type: ignore[operator]
     q = nets.encoder(x, labels)
     assert q.keys() == networks.groups.keys(), f"groups {list(networks.groups)} are declared, the encoder gives {list(q)}"
     for group, dim in networks.groups.items():
@@ -185,6 +193,10 @@ def check_dataset(dataset: Any) -> None:
                 assert rows.factors[:, column].max() < size, f"factor {name} goes beyond its {size} values"
         if rows.labels is not None and spec.classes:
             assert rows.labels.max() < spec.classes, f"labels go beyond the {spec.classes} classes"
+        for side, table in rows.pyramid.items():
+            assert table.shape[:2] == rows.x.shape[:2], f"pyramid[{side}] has other rows or channels than the table"
+            assert table.shape[2:] == (side, side), f"pyramid[{side}] is {list(table.shape[2:])}, not [{side}, {side}]"
+            assert table.dtype == rows.x.dtype, f"pyramid[{side}] is {table.dtype}, the table {rows.x.dtype}"
         check_draw(rows, spec)
     assert not seen[0] & seen[1], "an image is in both splits"
     assert dataset.fingerprint() == dataset.fingerprint() != "", "the fingerprint changes from call to call"

@@ -230,6 +230,11 @@ def test_one_and_two_gloo_processes_agree(tmp_path):
         for phase, terms in one["phases"].items():
             assert other["phases"][phase] == pytest.approx(terms, rel=2e-3, abs=1e-4)
     assert "regulariser" in stats[0][-1]["phases"]["encoder"]
+    for name in ("one", "two"):  # the gap is the main process's own affair: it waits for no other
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][1:]
+        gap = {line["name"]: line.get("value", line.get("skipped")) for line in lines if line["metric"] == GAP}
+        assert gap.keys() == {f"{term}.{kind}" for term in ("rec", "kl") for kind in ("eval", "train", "gap")}
+        assert all(isinstance(value, float) for value in gap.values()), gap
 
 
 @pytest.mark.parametrize(

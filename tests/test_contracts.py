@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import toys
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
@@ -526,6 +527,40 @@ def endless(draw: Any) -> Any:
 
 def random_bytes(n: int, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randint(0, 256, (n, 1, 4, 4), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (torch.zeros(10, 1, 2, 2, dtype=torch.uint8), None),
+        (torch.zeros(9, 1, 2, 2, dtype=torch.uint8), r"pyramid\[2\] has other rows or channels"),
+        (torch.zeros(10, 1, 2, 3, dtype=torch.uint8), r"pyramid\[2\] is \[2, 3\], not \[2, 2\]"),
+        (torch.zeros(10, 1, 2, 2), r"pyramid\[2\] is torch.float32, the table torch.uint8"),
+    ],
+)
+def test_the_kit_looks_at_a_pyramid(table, words):
+    dataset = data(rows=lambda self, split: evolve(Data.rows(self, split), pyramid={2: table}))
+    if words is None:
+        check_dataset(dataset)
+        return
+    with pytest.raises(AssertionError, match=words):
+        check_dataset(dataset)
+
+
+def test_the_kit_tells_a_growing_network_its_stage_and_begins_it(catalogue):
+    from siv_core.testing import build_seeded
+
+    component, _ = toys.with_toys(catalogue).components["network", "growing"]
+    networks = build_seeded(component, component.config(), DIGITS)
+    begun = []
+    networks.decoder.begin = lambda stage, batches, encode: begun.append((stage.number, len(encode(next(batches).x)["z"].mu)))
+    check_network(networks, DIGITS)
+    assert [stage.shape for stage in networks.encoder.seen] == [(1, 8, 8)]
+    assert begun == [(0, 4)]
+
+
+def test_the_kit_takes_a_network_with_batch_norm():
+    check_network(toys.normed(DIGITS), DIGITS)
 
 
 def test_the_kit_takes_a_sound_endless_data_set():

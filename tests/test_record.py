@@ -291,3 +291,39 @@ def test_what_a_killed_process_had_yet_to_prune_goes_at_the_next_start(run):
     (run / "status.json").unlink()
     session.resume(run, device="cpu")
     assert checkpoint.steps(folder) == [6, 8]
+
+
+def as_of_0_1(run: Path) -> None:
+    """The same run as siv 0.1 left it: format 1, and its names for the terms of x_prior."""
+    for name in ("manifest", "status"):
+        path = run / f"{name}.json"
+        tree = json.loads(path.read_text())
+        if name == "manifest":
+            tree["libraries"]["siv"] = "0.1.0"
+        path.write_text(json.dumps({**tree, "format": 1}))
+    for name in ("stats", "metrics"):
+        path = run / f"{name}.jsonl"
+        path.write_text(path.read_text().replace('{"format": 2}', '{"format": 1}').replace("_prior", "_fake"))
+    for path in run.glob("checkpoints/*/state.json"):
+        path.write_text(path.read_text().replace("_prior", "_fake"))
+    resolved = run / "resolved.json"
+    tree = json.loads(resolved.read_text())
+    for stage in tree["stages"]:
+        del stage["fade_shape"]
+    resolved.write_text(json.dumps(tree))
+    for path in run.glob("checkpoints/*/state.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "resolved": tree}))
+
+
+def test_a_run_of_an_earlier_version_is_used_but_not_gone_on_with(run):
+    expected = opened.load(run, device="cpu").sample(3)
+    as_of_0_1(run)
+    assert torch.equal(opened.load(run, device="cpu").sample(3), expected)
+    before = len(lines(run, "metrics"))
+    evaluate(run)
+    assert len(lines(run, "metrics")) > before
+    told = r"siv 0\.1\.0 \(format 1; this one goes on with format 2\): go on with that version \(pip install .siv==0\.1\.0"
+    with pytest.raises(UserError, match=told):
+        session.resume(run, device="cpu")
+    with pytest.raises(UserError, match=told):
+        session.run(run / "recipe.toml", run_dir=run, device="cpu")

@@ -96,6 +96,12 @@ def summed(x: Tensor) -> Tensor:
 class SharedBatchNorm(_BatchNorm):
     """Batch norm over the samples of all processes, on any device (torch's own needs CUDA); in evaluation it is the plain one."""
 
+    plain: type[_BatchNorm]  # what it was
+
+    def alone(self) -> None:
+        """Take the statistics of this process's samples again: for a copy that the others do not run."""
+        self.__class__ = self.plain  # type: ignore[assignment]
+
     def _check_input_dim(self, input: Tensor) -> None: ...
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +135,8 @@ def share_statistics(module: nn.Module) -> int:
     """Let every batch norm in a module take its statistics over all processes; how many there were. Weights and names stay."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     for norm in norms:
-        norm.__class__ = SharedBatchNorm
+        plain, norm.__class__ = type(norm), SharedBatchNorm
+        object.__setattr__(norm, "plain", plain)
     return len(norms)
 
 
