@@ -197,6 +197,7 @@ length = "2 steps"
 """.replace('length = "4 steps"\n', "", 1)
 
 
+@pytest.mark.slow
 def test_one_and_two_gloo_processes_agree(tmp_path):
     """Batch norm, a prior's regulariser and a hand-over: everything that takes a mean over the whole batch."""
     (tmp_path / "r.toml").write_text(RECIPE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import h5py
@@ -327,3 +328,26 @@ def test_a_run_of_an_earlier_version_is_used_but_not_gone_on_with(run):
         session.resume(run, device="cpu")
     with pytest.raises(UserError, match=told):
         session.run(run / "recipe.toml", run_dir=run, device="cpu")
+
+
+def test_each_file_of_a_checkpoint_is_read_once(run):
+    """Before the first step of a resume, and by a load."""
+    newest = RunDir(run).checkpoints / "step_00000008"
+    opened_files: list[str] = []
+    watching = [True]
+
+    def hook(event, arguments):
+        if watching[0] and event == "open" and str(arguments[0]).startswith(str(newest)) and "r" in str(arguments[1]):
+            opened_files.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(hook)
+    try:
+        opened.load(run, device="cpu")
+        by_load, opened_files[:] = sorted(opened_files), []
+        longer = ('stages=[{length="4 steps"},{length="6 steps",train={batch=33}}]',)
+        session.resume(run, sets=longer, device="cpu", max_seconds=1e-9)
+    finally:
+        watching[0] = False
+    files = sorted([*json.loads((newest / "state.json").read_text())["files"], "state.json"])
+    assert by_load == files
+    assert sorted(opened_files) == files

@@ -123,9 +123,8 @@ class Trainer:
 
             # What is due. Only counters decide, but for the wish to stop: that ends a run, it does not change it.
             over, signum = self.wish(started, max_seconds) if counters.step < total else (False, 0)
-            if (
-                self.due(train.tick, active) or counters.step in self.schedule.ends
-            ):  # a mean over two stages would mix their terms
+            ended = counters.step in self.schedule.ends  # a mean over two stages would mix their terms
+            if ended or self.due(train.tick, active):
                 self.tick(started)
             early = counters.step in (max(1, total // 100), max(1, total // 20))
             if self.due(train.preview, active) or early:
