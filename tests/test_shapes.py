@@ -14,14 +14,14 @@ import pytest
 import torch
 import toys
 from safetensors.torch import load_file
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siv_core.component import per_group
 from siv_core.errors import Diverged, UserError
 from siv_core.nets import Priors, make_nets, sources
 from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig, build_soft_intro_vae
-from siv_core.protocols import Batch, Spec
+from siv_core.protocols import Batch, Phase, Spec
 from siv_core.recipe import build
 from siv_core.recipe.recipe import parse
 from siv_core.runs import check as inspect
@@ -32,7 +32,7 @@ from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, t
 from siv_core.train import stage
 from siv_core.train.parallel import Parallel
 from siv_core.train.stats import Stats
-from siv_core.train.step import tensors_of
+from siv_core.train.step import play, tensors_of
 from siv_core.train.trainer import Trainer
 
 
@@ -265,28 +265,35 @@ def test_four_runs_of_a_step_stack_with_vmap():
     x = torch.rand(6, *spec.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     coeffs = tensors_of(objective.coeffs, torch.device("cpu"))
     base = {name: copy.deepcopy(getattr(runs[0], name)) for name in ("encoder", "decoder")}
-
-    def loss(moving, still, phase, carry):
-        weights = {**still, **moving}
-        nets = {name: (lambda *a, name=name, **k: functional_call(base[name], weights[name], a, k)) for name in base}
-        value, _, carry = phase.loss(make_nets({**nets, "prior": priors}, squared), Batch(x), noise, coeffs, carry)
-        return value, carry
-
     stacked = {name: stack_module_state([getattr(run, name) for run in runs])[0] for name in base}
+
+    def one(phase, weights, carry):
+        modules = {name: (lambda *a, name=name, **k: functional_call(base[name], weights[name], a, k)) for name in base}
+        return phase.loss(make_nets({**modules, "prior": priors}, squared), Batch(x), noise, coeffs, carry)
+
     carry = {}
     alone = [{} for _ in runs]
     for phase in objective.phases:
         (mover,) = phase.updates
-        moving, still = {mover: stacked[mover]}, {name: value for name, value in stacked.items() if name != mover}
-        step = grad_and_value(lambda m, s, c, phase=phase: loss(m, s, phase, c), has_aux=True)
-        gradients, (values, carry) = vmap(step)(moving, still, carry)
+
+        def all_at_once(nets, batch, noise, coeffs, carry, phase=phase):
+            return vmap(lambda weights, own: one(phase, weights, own))(stacked, carry)
+
+        played = play(
+            Phase(phase.name, phase.updates, all_at_once), list(stacked[mover].values()), None, None, None, None, carry, 0.5
+        )
+        carry = played.carry
         for i, run in enumerate(runs):
             modules = {"encoder": run.encoder, "decoder": run.decoder, "prior": priors}
-            value, _, alone[i] = phase.loss(make_nets(modules, squared), Batch(x), noise, coeffs, alone[i])
             named = dict(modules[mover].named_parameters())
-            torch.testing.assert_close(values[i], value)
-            for (name, _), gradient in zip(named.items(), torch.autograd.grad(value, list(named.values())), strict=True):
-                torch.testing.assert_close(gradients[mover][name][i], gradient)
+            nets = make_nets(modules, squared)
+            single = play(phase, list(named.values()), nets, Batch(x), noise, coeffs, alone[i], 0.5)
+            alone[i] = single.carry
+            torch.testing.assert_close(played.row[i], single.row)
+            assert played.names == single.names
+            assert list(named) == list(stacked[mover])
+            for ours, theirs in zip(played.gradients, single.gradients, strict=True):
+                torch.testing.assert_close(ours[i], theirs)
 
 
 def squared(x, y):

@@ -16,7 +16,7 @@ from siv_core.protocols import Batch, Nets, Noise, Phase
 
 
 class Played(NamedTuple):
-    """What a phase gives for a piece of the batch of N samples."""
+    """What a phase gives for a piece of the batch of N samples. Of R stacked runs everything has an axis [R] in front."""
 
     gradients: tuple[Tensor | None, ...]  # of its parameters, of this piece's share of the mean loss
     row: Tensor  # [T + 1]: the terms summed over the samples, then the share of the loss
@@ -37,15 +37,17 @@ def play(
 ) -> Played:
     """The phase's gradients for `parameters`, those of the players it updates and nobody else's: nothing has to be frozen.
 
-    `share`: this piece's samples over those of the whole batch. `keep`: a later phase goes on with graphs made here.
+    `share`: this piece's samples over those of the whole batch. `keep`: a later phase goes on with graphs made here. Stacked runs
+    are a phase whose loss is mapped over the runs' weights (`torch.func.vmap`): their losses [R] share no weight, so that one
+    backward pass gives the gradients of each.
     """
     loss, terms, carry = phase.loss(nets, batch, noise, coeffs, carry)
-    loss = loss * share
+    loss = loss * share  # 0-dim, or [R]
     gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
     if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=keep)
-    sums = torch.stack([term.detach() for term in terms.values()]).sum(dim=1)  # [T]
-    return Played(gradients, torch.cat([sums, loss.detach()[None]]), tuple(terms), carry)
+        gradients = torch.autograd.grad(loss, parameters, torch.ones_like(loss), allow_unused=True, retain_graph=keep)
+    sums = torch.stack([term.detach() for term in terms.values()], dim=-2).sum(dim=-1)  # [T]
+    return Played(gradients, torch.cat([sums, loss.detach()[..., None]], dim=-1), tuple(terms), carry)
 
 
 def added(pieces: Sequence[Played]) -> tuple[list[Tensor | None], Tensor]:
