@@ -3,9 +3,8 @@
 `official.…` are the numbers of the published code, unit for unit, so that they compare with the paper's Table 2: sums over
 densities divided by the rows of a histogram, a reversed Jensen-Shannon divergence, a ratio of raw energies. `clean.…` are what
 these names promise: masses, nats, and enough samples. Beside each stands its `floor`: what a perfect sampler, or a perfect
-density, scores. A data set's `law`, where it has one as toy2d's, tells its entropy, its modes and its support.
-
-It also draws such models (samples over data, exp(ELBO) on a grid), for whoever wants a picture of one or of several side by side.
+density, scores. A data set's `law`, where it has one as toy2d's, tells its entropy, its modes and its support. It also
+draws models: samples over data, and exp(ELBO) on a grid.
 """
 
 from __future__ import annotations
@@ -171,8 +170,8 @@ class Density2D:
         values.update(self.histograms(sources, progress))
         values.update(self.likelihood(model, grid, x, law))
         divergences, binned = self.divergences(law, sources, progress)
-        shown = {"histograms": draw_histograms(binned, self.half_range)}
-        return Measurement({**values, **divergences}, self.protocol(len(x), law), shown)
+        picture = draw_histograms(binned, self.half_range)
+        return Measurement({**values, **divergences}, self.protocol(len(x), law), {"histograms": picture})
 
     def draw(self, models: Mapping[str, Model], data: Dataset | None, seed: int, count: int) -> Picture | None:
         """`count` samples over held-out data above, densities below, a column for each model; of one model beside each other."""
@@ -343,7 +342,7 @@ def canvas(rows: int, columns: int) -> tuple[Any, Any]:
 
 def pixels(figure: Any) -> Picture:
     figure.canvas.draw()
-    return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3])
+    return np.array(figure.canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def draw_samples(axes: Any, samples: Tensor, data: Tensor | None, half_range: float, title: str = "") -> None:
@@ -375,15 +374,16 @@ def draw_map(axes: Any, values: Floats, half_range: float, title: str, cmap: str
 
 
 def draw_histograms(binned: Sequence[Floats], half_range: float) -> Picture:
-    """What the clean divergences are made of: shares of data and of model in one scale, and the model's surplus."""
+    """What the clean divergences are made of: roots of the shares of data and of model in one scale, and the model's surplus."""
     shares = [counted[:-1] / counted.sum() for counted in binned]
-    side, most = math.isqrt(len(shares[0])), max(1e-12, *(float(share.max()) for share in shares))
+    side, most = math.isqrt(len(shares[0])), max(1e-12, *(float(share.max()) for share in shares)) ** 0.5
     data, model = (share.reshape(side, side) for share in shares)
     figure, [(left, middle, right)] = canvas(1, 3)
-    draw_map(left, data, half_range, "data", vmin=0.0, vmax=most)
-    draw_map(middle, model, half_range, f"model, {binned[1][-1] / binned[1].sum():.1%} outside", vmin=0.0, vmax=most)
-    surplus = f"model − data, ½ Σ∣·∣ = {0.5 * np.abs(model - data).sum():.3f}"
-    draw_map(right, model - data, half_range, surplus, "RdBu_r", vmin=-most, vmax=most)
+    draw_map(left, np.sqrt(data), half_range, "√ share of data", vmin=0.0, vmax=most)
+    told = f"√ share of model, {binned[1][-1] / binned[1].sum():.1%} outside"
+    draw_map(middle, np.sqrt(model), half_range, told, vmin=0.0, vmax=most)
+    told = f"±√ of model − data, ½ Σ∣·∣ = {0.5 * np.abs(model - data).sum():.3f}"
+    draw_map(right, np.sign(model - data) * np.sqrt(np.abs(model - data)), half_range, told, "RdBu_r", vmin=-most, vmax=most)
     return pixels(figure)
 
 

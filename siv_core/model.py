@@ -47,11 +47,11 @@ class Model:
 
     def in_training_mode(self) -> Model:
         """Copies of its networks that take the statistics of the batch they see, at most `BATCH` images, as in training."""
-        copies = copy.deepcopy(self.encoder), copy.deepcopy(self.decoder)
+        copies = copy.deepcopy(self.encoder), copy.deepcopy(self.decoder), copy.deepcopy(self.priors)
         for module in (part for network in copies for part in network.modules()):
             if hasattr(module, "alone"):  # it shares its statistics with other processes, which do not use this model
                 module.alone()  # type: ignore[operator]
-        return evolve(self, encoder=copies[0], decoder=copies[1], training=True)
+        return evolve(self, encoder=copies[0], decoder=copies[1], priors=copies[2], training=True)
 
     @contextmanager
     def _quiet(self) -> Iterator[Nets]:
@@ -125,7 +125,7 @@ class Model:
         """D of the posterior means of x."""
         return self.decode(latents.means(self.encode(x, labels)), labels)
 
-    def energy(self, x: Tensor, labels: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def energy(self, x: Tensor, labels: Tensor | None = None, *, seed: int = 0) -> tuple[Tensor, Tensor]:
         """What x costs at its posterior mean: ‖x − D(mu)‖², and the KL to the prior of all groups in nats; each [N], float64.
 
         Their sum is −ELBO with betas of 1, as the density plots and the 2-D metrics of Soft-IntroVAE take it. `seed` matters only
@@ -143,7 +143,7 @@ class Model:
             noise = self._sources().kl(n, Streams(seed, 0, self.device), "kl")
             return losses.kl(wide, nets.prior(frozen=True), noise, None if labels is None else labels.to(self.device))
 
-    def log_weights(self, x: Tensor, draws: int, seed: int = 0, labels: Tensor | None = None, beta_rec: float = 1.0) -> Tensor:
+    def log_weights(self, x: Tensor, draws: int, *, labels: Tensor | None = None, seed: int = 0, beta_rec: float = 1.0) -> Tensor:
         """ln w_m = ln p(x ∣ z_m) + ln p(z_m) − ln q(z_m ∣ x), z_m ~ q(z ∣ x): [N, draws], float64, on the CPU.
 
         −beta_rec · r(x, D(z)) stands for ln p(x ∣ z), up to the constant of its normalisation: logsumexp over the draws minus

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from siv_core import latents
+from siv_core.errors import near_miss
 from siv_core.latents import Codes, Gaussian, Posterior
 from siv_core.protocols import Nets, Sources, Stage
 from siv_core.seeding import Streams, normal
@@ -40,6 +41,20 @@ def parts(module: Any) -> dict[str, Any]:
     return {"": module, **{f"groups.{group}.": prior for group, prior in groups}}
 
 
+def lr_factors(module: nn.Module) -> dict[str, float]:
+    """{parameter: factor} of what a module, or the prior of a group, says of its parameters' learning rates; the longer
+    name holds. A `ValueError` for a name that there is not."""
+    names = [name for name, _ in module.named_parameters()]
+    found: dict[str, float] = {}
+    for prefix, part in parts(module).items():
+        for asked, factor in sorted(getattr(part, "lr_factors", dict)().items(), key=lambda item: len(item[0])):
+            own = [name for name in names if name == prefix + asked or name.startswith(f"{prefix}{asked}.")]
+            if not own:
+                raise ValueError(f"lr_factors: there is no parameter '{asked}'{near_miss(prefix + asked, names)}")
+            found.update(dict.fromkeys(own, float(factor)))
+    return found
+
+
 def set_stage(modules: Iterable[Any], stage: Stage) -> None:
     """Tell those modules that care which stage it is; of priors, those of the groups."""
     for module in modules:
@@ -58,7 +73,8 @@ def make_nets(
     """What objectives call. Networks run under `autocast`; what they return, and all loss arithmetic, is at least float32.
 
     `modules` holds "encoder", "decoder", "prior" and shadows ("decoder@target"); they may be functional calls. Log-variances are
-    bounded here and nowhere else, to ±`logvar_bound` and to what the group's prior says. `settings` are those of `Nets`.
+    bounded here and nowhere else, to ±`logvar_bound` and to what the group's prior says, which is asked of `Priors` alone.
+    `settings` are those of `Nets`.
     """
     limits = {group: prior.logvar_bounds for group, prior in getattr(modules.get("prior"), "groups", {}).items()
               if hasattr(prior, "logvar_bounds")}  # fmt: skip

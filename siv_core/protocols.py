@@ -167,8 +167,8 @@ class Prior(Protocol):
     Optional: `draw(n, generator)` (default: standard normal [n, d]); `draw_kl(n, generator)` for a sampled KL;
     `set_stage(stage)`; `lr_factors()` -> {parameter, or a module's name for all of its parameters: factor on the learning
     rate}, which encoders and decoders may have too; `logvar_bounds()` -> (low [d], high [d]) or None, between which the
-    encoder's log-variances of this group are kept; `batch_statistic = True` where its regulariser is no mean over samples, so
-    that batches are not cut.
+    encoder's log-variances of this group are kept; `batch_statistic = True` where its distribution takes a mean over
+    the batch, so that cut batches are refused before anything is made.
 
     `begin(stage, batches, encode)`, after `set_stage` and without gradients, exactly once when a stage first begins, never on
     a resume or load: it may change weights and buffers in place. `batches` are an epoch of `Batch`es of training data in the

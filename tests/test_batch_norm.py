@@ -15,11 +15,12 @@ from torch import nn
 from siv_core.errors import PluginError, UserError
 from siv_core.protocols import Spec
 from siv_core.recipe.build import network_problems
+from siv_core.recipe.recipe import GAP
 from siv_core.runs.session import Silent
 from siv_core.train import stage
 from siv_core.train.parallel import Parallel, SharedBatchNorm, share_statistics
 from siv_core.train.trainer import Trainer
-from siv_core.use.evaluate import GAP, TrainEvalGap, gap_warnings, measure
+from siv_core.use.evaluate import TrainEvalGap, gap_warnings, measure
 
 
 def normed(catalogue, folder, **train):
@@ -169,6 +170,38 @@ def test_shared_norm_is_the_plain_one_in_a_single_process(monkeypatch):
         torch.testing.assert_close(dict(shared[0].named_buffers()), dict(plain.named_buffers()))
         shared.eval(), plain.eval()
         torch.testing.assert_close(shared(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", ["forward", "sync"])
+def test_a_norm_with_a_way_of_its_own_is_refused(kind):
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 5 * super().forward(x)
+
+    if kind == "forward":
+        with pytest.raises(UserError, match="the statistics of its Scaled cannot be shared"):
+            share_statistics(nn.Sequential(Scaled(2)))
+    else:
+        assert share_statistics(nn.Sequential(nn.SyncBatchNorm(2))) == 1
+
+
+def test_the_gap_moves_nothing_of_a_prior_either(catalogue, tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def realise(self, encode):
+            self.seen += self.training
+            return toys.AffineMap(torch.zeros(3), torch.zeros(3))
+
+    t = normed(catalogue, tmp_path)
+    t.built.priors.groups["z"] = Counting()
+    assert t.run() == "finished"
+    seen = t.built.priors.groups["z"].seen.clone()
+    assert seen > 0
+    measure({GAP: TrainEvalGap(0)}, t.model(), t.built.dataset, {}, lambda what, done, total: None)
+    assert t.built.priors.groups["z"].seen == seen
 
 
 RECIPE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 
@@ -10,13 +11,15 @@ import torch
 import toys
 from torch import nn
 
-from siv_core.errors import UserError
+from siv_core.errors import Stopped, UserError
 from siv_core.latents import Gaussian
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Measurement, Spec
 from siv_core.runs import session
+from siv_core.store.checkpoint import Checkpoint
 from siv_core.testing import _ToyPrior
+from siv_core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -233,6 +236,83 @@ def test_a_stopped_run_measures_what_is_due_once(tmp_path):
     ran(tmp_path, text, "parts")
     strip = lambda run: [{k: v for k, v in line.items() if k != "wall"} for line in lines_of(run)]  # noqa: E731
     assert strip(parts) == strip(whole)
+
+
+class Impatient(session.Silent):
+    """Asks for an end while the first metric is taken, as a signal does, and again wherever progress is shown."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def progress(self, what, done, total):
+        if what.startswith("latent probes"):
+            self.signum = 15
+        if self.signum:
+            raise Stopped(self.signum)
+
+    def asked_to_stop(self):
+        return self.signum
+
+
+def test_a_stop_during_a_metric_waits_for_its_end_and_a_checkpoint(tmp_path):
+    text = RECIPE.replace('"4 steps"', '"100 steps"') + PROBES + 'every = "3 steps"\n'
+    whole, _ = ran(tmp_path, text, "whole")
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(Stopped):
+        session.run(tmp_path / "r.toml", run_dir=tmp_path / "stopped", device="cpu", watcher=Impatient())
+    stopped = tmp_path / "stopped"
+    assert [line["step"] for line in lines_of(stopped)] == [3] * len(lines_of(stopped))
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step_00000004"]  # the wish is seen at the next step
+    session.resume(stopped, device="cpu")
+    ours, theirs = ([{**line, "wall": None} for line in lines_of(run)] for run in (stopped, whole))
+    assert ours == theirs
+
+
+def test_the_run_that_was_started_from_does_not_stay_in_memory(tmp_path, monkeypatch):
+    first, _ = ran(tmp_path, RECIPE, "first")
+    held = []
+
+    def watched(self, *arguments):
+        held.append([one for one in gc.get_objects() if type(one) is Checkpoint])
+        return run(self, *arguments)
+
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", watched)
+    ran(tmp_path, RECIPE + f'[init]\nrun = "{first}"\n', "second")
+    assert held == [[]]
+
+
+def test_a_metric_that_cannot_draw_costs_its_picture_alone(tmp_path, monkeypatch):
+    from siv_plugins import density2d
+
+    def draw(self, models, data, seed, count):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(density2d.Density2D, "draw", draw)
+    monkeypatch.setattr(density2d, "GRID", 20)
+    monkeypatch.setattr(density2d, "DATA_POINTS", 100)
+    text = """
+format = 1
+[data]
+name = "toy2d"
+[network]
+name = "mlp"
+hidden = [8]
+[objective]
+name = "vae"
+[train]
+batch = 32
+length = "4 steps"
+preview = "2 steps"
+[metrics.density2d]
+redraws = 2
+clean_samples = 1000
+"""
+    run, _ = ran(tmp_path, text, "run")
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert lines_of(run)
+    assert "no ink" in (run / "log.txt").read_text()
+    assert not list(run.glob("images/preview*"))
 
 
 def test_every_is_read_and_checked(tmp_path, siv):

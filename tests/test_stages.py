@@ -10,7 +10,7 @@ import torch
 import toys
 from test_resume import contents
 
-from siv_core.errors import UserError
+from siv_core.errors import PluginError
 from siv_core.protocols import Rows, Spec
 from siv_core.recipe.convert import Length
 from siv_core.recipe.options import Optim
@@ -122,11 +122,18 @@ def test_begin_is_called_once_a_stage_and_never_on_a_resume(catalogue, tmp_path)
             assert (again.built.priors.groups["z"].bounds != 0).all()  # taken at switch-on, kept with the run
 
 
-def test_begin_may_not_add_weights(catalogue, tmp_path):
+def test_begin_leaves_nothing_that_a_checkpoint_would_not_have(catalogue, tmp_path):
     t = hand_over(catalogue, tmp_path)
     prior = t.built.priors.groups["z"]
     prior.begin = lambda stage, batches, encode: prior.register_buffer("more", torch.zeros(1))
-    with pytest.raises(UserError, match=r"`begin` may change weights, not add or remove them: groups\.z\.more"):
+    told = r"plugin 'toys' of tests 0: `begin` may change weights, not add or remove them: groups\.z\.more"
+    with pytest.raises(PluginError, match=told):
+        stage.enter(t, 0)
+    t = hand_over(catalogue, tmp_path / "lost")
+    prior = t.built.priors.groups["z"]
+    prior.register_buffer("passing", torch.zeros(1), persistent=False)
+    prior.begin = lambda stage, batches, encode: prior.passing.fill_(1.0)
+    with pytest.raises(PluginError, match=r"`begin` changed what no checkpoint holds: groups\.z\.passing"):
         stage.enter(t, 0)
 
 
@@ -203,7 +210,7 @@ def test_every_checkpoint_of_a_hand_over_goes_on_to_the_same_end(undisturbed, tm
 
 
 def test_a_stage_reads_the_rows_of_its_size():
-    from siv_core.data.feed import Feed
+    from siv_core.data.feed import Feed, images
 
     pyramid = {4: torch.full((6, 1, 4, 4), 51, dtype=torch.uint8)}
     rows = Rows(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), index=torch.tensor([1, 3, 5]), pyramid=pyramid)
@@ -214,6 +221,9 @@ def test_a_stage_reads_the_rows_of_its_size():
         torch.testing.assert_close(sizes[4], torch.full((3, 1, 4, 4), 0.2))
         assert not sizes[8].any()
         assert not sizes[2].any()  # not in the pyramid: an area mean of the rows themselves
+    # what a model is measured on is what it was trained on
+    torch.testing.assert_close(images(rows, torch.arange(3), Spec((1, 4, 4))), torch.full((3, 1, 4, 4), 0.2))
+    assert not images(rows, torch.arange(3), Spec((1, 8, 8))).any()
 
 
 def test_flips_mirror_half_of_the_images_whoever_reads_them(catalogue, tmp_path):

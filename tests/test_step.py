@@ -14,7 +14,7 @@ from attrs import evolve
 
 from siv_core.errors import PluginError, UserError
 from siv_core.latents import Gaussian
-from siv_core.nets import make_nets
+from siv_core.nets import lr_factors, make_nets
 from siv_core.protocols import Phase
 from siv_core.seeding import Streams
 from siv_core.train import stage
@@ -191,6 +191,30 @@ def test_a_mean_over_the_batch_is_not_cut(catalogue, tmp_path):
         toys.trainer(catalogue, tmp_path, toys.tree(prior={"name": "hand_over"}, train=train))
 
 
+def test_a_mean_that_nobody_declared_is_not_cut_either(catalogue, tmp_path):
+    train = {"batch": 64, "micro_batch": 16, "length": "2 steps"}
+    t = toys.trainer(catalogue, tmp_path, toys.tree(train=train))
+    t.built.priors.groups["z"] = Pulling()
+    with pytest.raises(UserError, match=r"train\.micro_batch: the objective or a prior takes a mean over the whole batch"):
+        t.run()
+
+
+@pytest.mark.parametrize("objective", ["soft_intro_vae", "intro_vae", "bootstrap_soft_intro_vae"])
+@pytest.mark.parametrize("keep_graphs", [False, True])
+def test_an_encoder_that_learns_nothing_leaves_the_decoder_its_fakes(catalogue, tmp_path, objective, keep_graphs):
+    """Its phase is left out, so nothing is carried: the decoder's phase makes x_rec and x_prior of the same noise."""
+    ends = {}
+    for frozen in (False, True):
+        train = {"batch": 64, "length": "2 steps", "keep_graphs": keep_graphs}
+        options = {"objective": {"name": objective}, "optim": {"encoder": {"lr": 1e-30}}}  # played, its phase moves nothing
+        t = toys.trainer(catalogue, tmp_path / str(frozen), toys.tree(**options, train=train))
+        if frozen:
+            t.players["encoder"].parameters, t.players["encoder"].optimiser = [], None
+        assert t.run() == "finished"
+        ends[frozen] = toys.weights(t, "decoder")
+    torch.testing.assert_close(ends[True], ends[False])
+
+
 def test_rates_of_parts_of_a_network(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, toys.tree(optim={"lr": 0.01}))
     module = copy.deepcopy(t.players["decoder"].module)
@@ -207,9 +231,15 @@ def test_rates_of_parts_of_a_network(catalogue, tmp_path):
     player.step([torch.ones_like(p) for p in player.parameters])  # Adam's first step is the rate itself
     for (name, now), was in zip(module.named_parameters(), before, strict=True):
         torch.testing.assert_close(was - now, torch.full_like(now, named[name]), rtol=1e-3, atol=1e-6)
-    module.lr_factors = lambda: {"body.9": 0.1}
-    with pytest.raises(ValueError, match=r"lr_factors: there is no parameter 'body\.9'"):
-        Player.of("decoder", module)
+    module.lr_factors = lambda: {"body.0.bias": 0.5, "body": 0.1}  # the longer name holds
+    factors = lr_factors(module)
+    assert (factors["body.0.bias"], factors["body.0.weight"]) == (0.5, 0.1)
+
+
+def test_rates_of_what_is_not_there_are_told_with_the_plugin(catalogue, tmp_path, monkeypatch):
+    monkeypatch.setattr(toys.Vamp, "lr_factors", lambda self: {"means": 0.1}, raising=False)
+    with pytest.raises(PluginError, match=r"plugin 'toys' of tests 0: prior: lr_factors: there is no parameter 'means'"):
+        toys.trainer(catalogue, tmp_path, toys.tree(prior={"name": "vamp"}))
 
 
 def test_bounds_of_a_group_are_kept_where_encoders_are_wrapped():

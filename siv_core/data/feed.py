@@ -42,7 +42,8 @@ def blend(x: Tensor, fade: Tensor) -> Tensor:
 
 def images(rows: Rows, positions: Tensor, spec: Spec, device: torch.device | str = "cpu") -> Tensor:
     """The samples at these positions of a split as floats, [n, *spec.shape]."""
-    return to_float(rows.x[rows.at(positions)].to(device), spec)
+    table = rows.x if tuple(rows.x.shape[1:]) == spec.shape else rows.pyramid.get(spec.shape[-1], rows.x)
+    return to_float(table[rows.at(positions)].to(device), spec)
 
 
 def batches(rows: Rows, spec: Spec, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
@@ -71,7 +72,8 @@ class Feed:
     def batch(self, positions: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
         """The samples at these positions of the split in `shape`, a size of the stage, which has rows of its own in a pyramid."""
         at = self.rows.at(positions)
-        table = self.tables.get(shape[-1] if len(shape) == 3 and shape != self.spec.shape else 0, self.tables[0])
+        side = 0 if tuple(self.rows.x.shape[1:]) == shape else shape[-1]
+        table = self.tables.get(side, self.tables[0])
         x = table[at.to(table.device)].to(self.device, non_blocking=True)
         return self._batch(x, None if self.rows.labels is None else self.rows.labels[at], shape, layout)
 

@@ -33,7 +33,7 @@ class Half(NamedTuple):
 
     loss: Tensor  # [N]
     terms: Terms
-    q: Posterior  # of the data, with gradient in the encoder's half; in the decoder's that of before the encoder's update
+    q: Posterior  # of the data; with gradient in the encoder's half, in the decoder's that of z
     carry: dict[str, Any]
 
 
@@ -64,14 +64,14 @@ def decoder_phase_fakes(
     """q of the data, and x_rec and x_prior with D's graph alone: those of the encoder's phase, in which D did not move, or of
     noise of their own. Where the prior is not `frozen`, x_prior has its graph too."""
     labels, decoder_noise = batch.labels, noise["decoder"]
-    q = carry["q"] if share_noise else latents.detach_posterior(nets.encoder(*batch))
-    kept = carry.get("fakes", {}) if share_noise else {}
+    handed_on = bool(carry) and share_noise  # nothing is where the encoder has nothing to learn: its phase is left out
+    q = carry["q"] if handed_on else latents.detach_posterior(nets.encoder(*batch))
+    kept = carry.get("fakes", {}) if handed_on else {}
     if kept and frozen:
         return q, dict(kept)
-    if share_noise:
-        z, z_prior = carry["z"], carry["z_prior"] if frozen else sample_prior(prior, noise["prior"], labels)
-    else:
-        z, z_prior = latents.sample(q, noise["posterior_again"]), sample_prior(prior, noise["prior_again"], labels)
+    suffix = "" if share_noise else "_again"
+    z = carry["z"] if handed_on else latents.sample(q, noise[f"posterior{suffix}"])
+    z_prior = carry["z_prior"] if handed_on and frozen else sample_prior(prior, noise[f"prior{suffix}"], labels)
     x_rec = kept[REC] if kept else nets.decoder(z, labels, decoder_noise[REC])  # [N, …]
     return q, {REC: x_rec, PRIOR: nets.decoder(z_prior, labels, decoder_noise[PRIOR])}
 

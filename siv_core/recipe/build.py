@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.model import Model
-from siv_core.nets import Priors, tree_map
+from siv_core.nets import Priors, lr_factors, tree_map
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
 from siv_core.recipe.catalogue import Catalogue, blame, words
 from siv_core.recipe.options import PLAYERS
@@ -23,7 +23,7 @@ from siv_core.seeding import stream_seed
 from siv_core.store import memory
 
 PROMISED = {  # what is asked of what a component builds, see protocols.py
-    "network": ("encoder", "decoder", "groups", "translate"),
+    "network": ("encoder", "decoder", "groups", "translate", "batch_statistics"),
     "reconstruction": ("__call__",),
     "prior": ("realise", "parameters"),
     "dataset": ("missing", "prepare", "rows", "fingerprint"),
@@ -49,7 +49,9 @@ class Built:
         return {"encoder": self.networks.encoder, "decoder": self.networks.decoder, "prior": self.priors}
 
     def place(self, device: torch.device) -> dict[str, nn.Module]:
-        """The players on the device, in the recipe's memory layout: another one rounds otherwise."""
+        """The players on the device, in the recipe's memory layout: another one rounds otherwise. The loss goes there too."""
+        if isinstance(self.reconstruction, nn.Module):
+            self.reconstruction.to(device)
         for module in self.modules.values():
             module.to(device)
             if self.recipe.train.channels_last:
@@ -132,6 +134,11 @@ class Built:
             name=name,
         )
 
+    def owner(self, player: str) -> str:
+        """The plugins that a player is from, for what is told of it."""
+        choices = self.recipe.prior.values() if player == "prior" else (self.recipe.network[0 if player == "encoder" else -1],)
+        return " or ".join(dict.fromkeys(str(self.catalogue.owner(choice.kind, choice.name)) for choice in choices))
+
     def _build(self, choice: Choice, *arguments: Any) -> Any:
         return component(self.catalogue, choice, *arguments)
 
@@ -197,6 +204,11 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
         for i, plan in enumerate(recipe.stages):
             attempt(built.objective, plan, where=f"stages[{i}].")  # what does not fit is told now, not when the stage begins
         attempt(built.metrics)
+        for player, module in built.modules.items():
+            try:
+                lr_factors(module)
+            except ValueError as error:
+                raise PluginError(f"{built.owner(player)}: {player}: {error}") from error
     if problems:
         raise recipe.told(problems)
     return built

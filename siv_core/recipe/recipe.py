@@ -21,6 +21,7 @@ from siv_core.recipe.overrides import Layer, Places, merge, overlay, read, setti
 FORMAT = 1
 STAGED = ("objective", "optim", "train", "data")  # what a stage may change; of train only batch, of data only size
 EVERY = "every"
+GAP = "train_eval_gap"  # what every model with statistics of the batch is measured with, as `use.evaluate` does
 FREE = re.compile(r"metrics|stages\[\d+\]\.length|train\.(tick|preview|checkpoint|keep_every|residency)")  # see `differences`
 
 
@@ -255,6 +256,8 @@ class _Reader:
     def metric(self, name: str, table: Any, where: str) -> MetricPlan | None:
         if not isinstance(table, dict):
             return self.choice("metric", table, where)  # type: ignore[return-value]  # None, with the reason
+        if name == GAP:
+            self.problems.append(f"{where}: this name is that of what every evaluation adds of its own; take another")
         rest = {key: value for key, value in table.items() if key != EVERY}
         choice = self.choice("metric", {"name": name, **rest}, where)
         cadence = structure(Cadence, {key: table[key] for key in table.keys() & {EVERY}}, where, self.problems)

@@ -46,7 +46,12 @@ def open_run(run_path: str | Path, step: str, weights: str, device: str) -> Open
     run_dir = RunDir.existing(Path(run_path))
     manifest = run_dir.manifest()
     catalogue = catalogues.load()
-    recipe = recipes.load(run_dir.path / "recipe.toml", catalogue, ("none", *manifest["profiles"]), manifest["sets"])
+    try:
+        recipe = recipes.load(run_dir.path / "recipe.toml", catalogue, ("none", *manifest["profiles"]), manifest["sets"])
+    except UserError as error:
+        hint = "siv 0.1, which made this run, called the samples of the prior 'fake': write 'prior' in its recipe.toml"
+        old = manifest["format"] == 1 and "fake" in str(error)
+        raise UserError([*error.problems, *([hint] if old else [])]) from error
     data = build.dataset(recipe, catalogue)
     built = build.build(recipe, catalogue, data, record.spec_of(manifest) if data.missing() else None)
     saved = Checkpoint.open(checkpoint.path_of(run_dir.checkpoints, step))

@@ -166,7 +166,7 @@ def append_metrics(
     Pictures are images/METRIC_NAME`suffix`.png; without a suffix they go into outputs/ under a name that is free.
     """
     if model.batch_statistics:
-        metrics = {**metrics, evaluate.GAP: evaluate.TrainEvalGap(built.recipe.train.seed)}
+        metrics = {**metrics, recipes.GAP: evaluate.TrainEvalGap(built.recipe.train.seed)}
     lines, drawn = evaluate.measure(metrics, model, built.dataset, about, watcher.progress, run_dir.log)
     for warning in evaluate.gap_warnings(lines):
         watcher.say(warning)

@@ -54,6 +54,23 @@ class Silent:
 
 
 @frozen
+class Patient:
+    """Passes on what it is told, but for a wish to stop: in the middle of training that is granted after the step in hand."""
+
+    watcher: Watcher
+
+    def say(self, line: str) -> None:
+        self.watcher.say(line)
+
+    def wrote(self, path: Path) -> None:
+        self.watcher.wrote(path)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        with contextlib.suppress(Stopped):
+            self.watcher.progress(what, done, total)
+
+
+@frozen
 class Run:
     """What a run left: its directory, and how it ended ("finished" or "stopped")."""
 
@@ -64,12 +81,13 @@ class Run:
         return load(self.path, checkpoint, weights, device)
 
     def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl: by the run at its end, in the middle of training, and by `siv evaluate`."""
         return RunDir(self.path).read("metrics")
 
 
 @frozen
 class Request:
-    """What was recipe of `run`, beside the recipe."""
+    """What was asked of `run`, beside the recipe."""
 
     profiles: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
@@ -102,6 +120,7 @@ def run(path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -
 def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
     """Go on with a run where it stopped; `sets` may give a longer length, other cadences or metrics."""
     run_dir = RunDir.existing(Path(run_path))
+    run_dir.to_go_on()
     manifest = run_dir.manifest()
     request = Request(
         profiles=("none", *manifest["profiles"]),
@@ -133,7 +152,7 @@ def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     build.room(built, on_cpu=device.type == "cpu")
     # a run to start from that is not there is told before anything is made
     fresh = not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints"))
-    first = start_of(recipe) if recipe.init and fresh else None
+    first = [start_of(recipe)] if recipe.init and fresh else []
     lacking = build.missing(built)
     if lacking:
         raise UserError(lacking)
@@ -156,7 +175,7 @@ def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
 def _train_and_measure(
     built: Built,
     run_dir: RunDir,
-    first: Checkpoint | None,
+    first: list[Checkpoint],  # to start from; taken out once it was used, for its tensors would stay for the whole training
     device: torch.device,
     processes: parallel.Parallel,
     request: Request,
@@ -173,14 +192,15 @@ def _train_and_measure(
         return Run(run_dir.path, "finished")
     processes.wait()  # each has read by now what the main one is about to write anew
     if first and built.recipe.init and not newest:
-        first.load(built.modules, built.recipe.init.weights)
+        first[0].load(built.modules, built.recipe.init.weights)
+    first.clear()
     trainer = Trainer.of(built, run_dir, device, processes, watcher)
     if newest:
         trainer.resume(newest)
         watcher.say(f"going on from {newest.path}")
     if processes.main:
         record.write_head(run_dir, trainer, watcher.say, newest.state["offsets"] if newest else {})
-    del first, newest  # their tensors
+    del newest  # its tensors
     counters = trainer.counters
     try:
         with watcher.training(trainer, request.max_seconds):
@@ -209,23 +229,23 @@ def _train(trainer: Trainer, request: Request, watcher: Watcher) -> str:
     metrics = built.metrics()
 
     def preview(name: str) -> None:
-        picture = (
-            evaluate.preview(trainer.model(), built.dataset, metrics, built.recipe.train.seed) if trainer.parallel.main else None
-        )
+        if not trainer.parallel.main:
+            return
+        picture = evaluate.preview(trainer.model(), built.dataset, metrics, built.recipe.train.seed, run_dir.log)
         if picture is not None:
             pictures.save_png(run_dir.images / f"{name}.png", picture)
             watcher.wrote(run_dir.images / f"{name}.png")
 
     def measure(names: list[str]) -> None:
         trainer.stats.check()  # every process asks: none measures what is no longer finite
-        if not trainer.parallel.main:
-            return
-        begun, step = time.monotonic(), trainer.counters.step
-        chosen = {name: metrics[name] for name in names}
-        about = record.measured_as(built, trainer.model("auto"), "training", step)
-        record.append_metrics(built, chosen, trainer.model("auto"), run_dir, about, watcher, f"_{step:08d}")
-        seconds = time.monotonic() - begun
-        watcher.say(f"step {step:,}: {', '.join(names)} measured in {seconds:.1f} s, see {run_dir.path / 'metrics.jsonl'}")
+        if trainer.parallel.main:
+            begun, step = time.monotonic(), trainer.counters.step
+            model, chosen = trainer.model("auto"), {name: metrics[name] for name in names}
+            about = record.measured_as(built, model, "training", step)
+            record.append_metrics(built, chosen, model, run_dir, about, Patient(watcher), f"_{step:08d}")
+            seconds = time.monotonic() - begun
+            watcher.say(f"step {step:,}: {', '.join(names)} measured in {seconds:.1f} s, see {run_dir.path / 'metrics.jsonl'}")
+        trainer.parallel.wait()  # not in the sum of the next step, which gives up sooner
 
     return trainer.run(request.max_seconds, preview, measure)
 
@@ -235,11 +255,10 @@ def finish(trainer: Trainer, watcher: Watcher) -> None:
     built, run_dir, model, metrics = trainer.built, trainer.rundir, trainer.model("auto"), trainer.built.metrics()
     pictures.curves(run_dir.images / "curves.png", run_dir.read("stats"))
     watcher.wrote(run_dir.images / "curves.png")
-    for picture in evaluate.final_pictures(model, built.dataset, metrics, run_dir.images, built.recipe.train.seed):
+    seed, about = built.recipe.train.seed, record.measured_as(built, model, "run", trainer.counters.step)
+    for picture in evaluate.final_pictures(model, built.dataset, metrics, run_dir.images, seed, run_dir.log):
         watcher.wrote(picture)
-    record.append_metrics(
-        built, metrics, model, run_dir, record.measured_as(built, model, "run", trainer.counters.step), watcher, ""
-    )
+    record.append_metrics(built, metrics, model, run_dir, about, watcher, "")
 
 
 # -- small things ----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core.errors import UserError
+
+PATIENCE = timedelta(days=7)  # for the main process, which measures and draws while the others wait
 
 
 @frozen
@@ -132,9 +135,15 @@ class SharedBatchNorm(_BatchNorm):
 
 
 def share_statistics(module: nn.Module) -> int:
-    """Let every batch norm in a module take its statistics over all processes; how many there were. Weights and names stay."""
+    """Let every batch norm in a module take its statistics over all processes; how many there were. Weights and names stay.
+
+    One with a way of its own to normalise is a `UserError`: what it does cannot be known.
+    """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     for norm in norms:
+        if type(norm).forward not in (_BatchNorm.forward, SharedBatchNorm.forward, nn.SyncBatchNorm.forward):
+            name = type(norm).__name__
+            raise UserError(f"network: the statistics of its {name} cannot be shared by several processes; use one")
         plain, norm.__class__ = type(norm), SharedBatchNorm
         object.__setattr__(norm, "plain", plain)
     return len(norms)
@@ -165,4 +174,4 @@ def start(device: torch.device) -> Parallel:
         return Parallel()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Parallel(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))  # type: ignore[arg-type]
+    return Parallel(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))  # type: ignore[arg-type]

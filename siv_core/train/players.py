@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from attrs import define, evolve
 from torch import Tensor, nn
 
-from siv_core.errors import UserError, near_miss
-from siv_core.nets import parts
+from siv_core.nets import lr_factors
 from siv_core.protocols import Shadow
 from siv_core.store import checkpoint
 
@@ -83,19 +82,6 @@ class Player:
         checkpoint.restore_optimiser(self.module, self.optimiser, tensors, where)
 
 
-def lr_factors(module: nn.Module) -> dict[str, float]:
-    """{parameter: factor} of what a module, or the prior of a group, says of its parameters' learning rates."""
-    names = [name for name, _ in module.named_parameters()]
-    found: dict[str, float] = {}
-    for prefix, part in parts(module).items():
-        for asked, factor in getattr(part, "lr_factors", dict)().items():
-            own = [name for name in names if name == prefix + asked or name.startswith(f"{prefix}{asked}.")]
-            if not own:
-                raise ValueError(f"lr_factors: there is no parameter '{asked}'{near_miss(prefix + asked, names)}")
-            found.update(dict.fromkeys(own, float(factor)))
-    return found
-
-
 @define
 class Follower:
     """A shadow at work."""
@@ -136,12 +122,21 @@ class Follower:
 # -- what `begin` changes --------------------------------------------------------------------------------------------------------
 
 
-def changed(before: Mapping[str, Tensor], module: nn.Module) -> Iterator[str]:
-    """Names of the parameters and buffers that are not as they were; a `UserError` where there are others than before."""
-    now = module.state_dict()
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those too that no checkpoint holds."""
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def changed(before: Mapping[str, Tensor], module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that are not as they were; a `ValueError` where a checkpoint would not have them."""
+    now = state_of(module)
     if before.keys() != now.keys():
-        raise UserError(f"`begin` may change weights, not add or remove them: {', '.join(sorted(before.keys() ^ now.keys()))}")
-    yield from (name for name, value in now.items() if not torch.equal(value, before[name]))
+        raise ValueError(f"`begin` may change weights, not add or remove them: {', '.join(sorted(before.keys() ^ now.keys()))}")
+    names = [name for name, value in now.items() if not torch.equal(value, before[name])]
+    lost = [name for name in names if name not in module.state_dict()]
+    if lost:
+        raise ValueError(f"`begin` changed what no checkpoint holds: {', '.join(lost)}; make it a persistent buffer")
+    return names
 
 
 @torch.no_grad()

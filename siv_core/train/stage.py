@@ -11,12 +11,13 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from siv_core.errors import PluginError, UserError
 from siv_core.nets import encode_group, make_nets, parts, set_stage, sources
 from siv_core.protocols import Batch, Nets, Objective, Stage
 from siv_core.recipe.build import check_forward
 from siv_core.recipe.options import Optim
 from siv_core.recipe.recipe import StagePlan
-from siv_core.train.players import changed, take_over
+from siv_core.train.players import changed, state_of, take_over
 from siv_core.train.step import tensors_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
             built.reconstruction,
             train.logvar_bound or None,
             autocast_of(train.precision, device),
-            mean=trainer.parallel.mean,
+            mean=no_mean if 0 < train.micro_batch < plan.batch else trainer.parallel.mean,
             keep_graphs=train.keep_graphs,
         ),
         coeffs=tensors_of(objective.coeffs, device),
@@ -96,7 +97,7 @@ def begin(trainer: Trainer, stage: Stage, batch: int) -> None:
         own = [(prefix, part) for prefix, part in parts(player.module).items() if hasattr(part, "begin")]
         if not own:
             continue
-        before = {key: value.clone() for key, value in player.module.state_dict().items()}
+        before = {key: value.clone() for key, value in state_of(player.module).items()}
         for module in modules.values():
             module.eval()
         with torch.no_grad():
@@ -104,7 +105,18 @@ def begin(trainer: Trainer, stage: Stage, batch: int) -> None:
                 part.begin(stage, batches(), encode_group(encode, prefix.split(".")[1]) if prefix else encode)
         for module in modules.values():
             module.train()
-        take_over(list(changed(before, player.module)), player, [f for f in trainer.followers if f.rule.of == name])
+        try:
+            names = changed(before, player.module)
+        except ValueError as error:
+            raise PluginError(f"{trainer.built.owner(name)}: {error}") from error
+        trainer.parallel.agree(state_of(player.module).values())
+        take_over(names, player, [f for f in trainer.followers if f.rule.of == name])
+
+
+def no_mean(x: Tensor) -> Tensor:
+    """In place of a mean over the batch where that is cut: a piece knows nothing of the others."""
+    reason = "the objective or a prior takes a mean over the whole batch, which a piece does not have"
+    raise UserError(f"train.micro_batch: {reason}; leave it out")
 
 
 def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

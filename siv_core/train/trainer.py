@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from attrs import define, field
-from torch import nn
 
 from siv_core.data.feed import Feed, blend
 from siv_core.errors import Diverged, PluginError, Stopped, UserError
@@ -74,8 +73,6 @@ class Trainer:
                 "network: its statistics of a batch are no batch norm's and cannot be shared by several processes; use one"
             )
         players = {name: Player.of(name, module.train()) for name, module in built.place(device).items()}
-        if isinstance(built.reconstruction, nn.Module):
-            built.reconstruction.to(device)
         rows = built.dataset.rows("train")
         feed = Feed(rows, built.spec, device, train.residency, conditional=train.conditional, flips=train.horizontal_flips)
         rules = [rule for plan in stages for rule in built.objective(plan).shadows]

@@ -34,7 +34,9 @@ def sample(
         columns = max(1, round(count**0.5))
         return _write(folder, "samples", model, {"samples": x}, lambda: _grid(model, x, columns), notes)
     lacking = data.missing() if data else None
-    if lacking:
+    if not evaluate.drawer(metrics):
+        notes.append("no picture: such data is drawn by a metric that can, as [metrics.density2d] points of the plane")
+    elif lacking:
         notes.append(f"samples without the data, which is not at hand: {lacking}")
     elif data:
         data.prepare(lambda what, done, total: None)

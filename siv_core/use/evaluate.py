@@ -20,13 +20,13 @@ from siv_core.errors import SivError, UserError
 from siv_core.model import BATCH, Model
 from siv_core.protocols import Batch, Dataset, Measurement, Metric, Progress, Rows
 from siv_core.recipe.catalogue import blame, words
+from siv_core.recipe.recipe import GAP
 from siv_core.seeding import Streams
 from siv_core.use import pictures
 from siv_core.use.pictures import Picture
 
 SHOWN = 8  # images a row of a picture
 DRAWN = 5000  # samples in a picture that a metric draws
-GAP = "train_eval_gap"  # the metric that every model with statistics of the batch is measured with
 GAP_IMAGES = 1024  # held-out ones that it takes
 LARGE_GAP = 0.1  # a relative difference that is warned of
 
@@ -97,7 +97,7 @@ class TrainEvalGap:
             taken = []
             for i, rows in enumerate(torch.arange(len(x)).split(size)[: len(x) // size]):  # whole batches, as in training
                 progress(f"{GAP}: {mode}", i, len(x) // size)
-                taken.append(one.energy(x[rows], None if labels is None else labels[rows], self.seed))
+                taken.append(one.energy(x[rows], None if labels is None else labels[rows], seed=self.seed))
             costs[mode] = [float(torch.cat(parts).mean()) for parts in zip(*taken, strict=True)]
             values.update({f"{term}.{mode}": cost for term, cost in zip(("rec", "kl"), costs[mode], strict=True)})
         for term, eval_cost, train_cost in zip(("rec", "kl"), *costs.values(), strict=True):
@@ -150,11 +150,27 @@ def reconstructions(model: Model, x: Tensor, labels: Tensor | None = None) -> Pi
 
 
 def draw(
-    models: Mapping[str, Model], metrics: Mapping[str, Metric], data: Dataset | None, seed: int, count: int = DRAWN
+    models: Mapping[str, Model],
+    metrics: Mapping[str, Metric],
+    data: Dataset | None,
+    seed: int,
+    count: int = DRAWN,
+    log: Callable[[str], None] | None = None,
 ) -> Picture | None:
-    """The picture of data that is no image, by the first metric that draws some; None where there is no such metric."""
+    """The picture of data that is no image, by the first metric that draws some; None where there is no such metric.
+
+    With a `log` a metric that raises costs its picture alone, and the log has the traceback.
+    """
     metric = drawer(metrics)
-    return metric.draw(models, data, seed, count) if metric else None
+    try:
+        return metric.draw(models, data, seed, count) if metric else None
+    except SivError:
+        raise
+    except Exception as error:
+        if log is None:
+            raise
+        log(f"a picture failed\n{''.join(traceback.format_exception(error)).rstrip()}")
+        return None
 
 
 def drawer(metrics: Mapping[str, Metric]) -> Any:
@@ -162,10 +178,12 @@ def drawer(metrics: Mapping[str, Metric]) -> Any:
     return next((metric for metric in metrics.values() if hasattr(metric, "draw")), None)
 
 
-def preview(model: Model, data: Dataset, metrics: Mapping[str, Metric], seed: int = 0) -> Picture | None:
+def preview(
+    model: Model, data: Dataset, metrics: Mapping[str, Metric], seed: int = 0, log: Callable[[str], None] | None = None
+) -> Picture | None:
     """Held-out images, their reconstructions, and samples below; of other data what a metric draws, or None."""
     if model.spec.kind != "image":
-        return draw({"": model}, metrics, data, seed)
+        return draw({"": model}, metrics, data, seed, log=log)
     shown = [reconstructions(model, *held_out(data, model, SHOWN, seed))]
     shown.append(pictures.grid(pictures.to_uint8(model.sample(2 * SHOWN, seed), model.spec.value_range), SHOWN))
     width = max(picture.shape[1] for picture in shown)
@@ -224,12 +242,19 @@ def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[
     return tuple(Batch(x[part], None if labels is None else labels[part]) for part in (slice(half), slice(half, None)))  # type: ignore[return-value]
 
 
-def final_pictures(model: Model, data: Dataset, metrics: Mapping[str, Metric], folder: Path, seed: int) -> list[Path]:
+def final_pictures(
+    model: Model,
+    data: Dataset,
+    metrics: Mapping[str, Metric],
+    folder: Path,
+    seed: int,
+    log: Callable[[str], None] | None = None,
+) -> list[Path]:
     """samples.png, reconstructions.png and, where the model has two groups for it, translation.png; of data that is no image
     samples.png, where a metric draws it."""
     made: dict[str, Picture | None] = {}
     if model.spec.kind != "image":
-        made["samples"] = draw({"": model}, metrics, data, seed)
+        made["samples"] = draw({"": model}, metrics, data, seed, log=log)
     else:
         value_range = model.spec.value_range
         made["samples"] = pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN)
