@@ -78,12 +78,13 @@ def train(recipe: str, run_dir: str, *sets: str) -> None:
 
 
 def train_with_toys(recipe: str, run_dir: str) -> None:
-    """As `train`, with the components of `toys`."""
+    """As `train_quickly`, with the components of `toys`."""
     import toys
 
     from siv_core.recipe import catalogue
     from siv_core.runs import session
 
+    draw_quickly()
     known = toys.with_toys(catalogue.load())
     catalogue.load = lambda: known
     session.run(recipe, run_dir=Path(run_dir), device="cpu")

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -20,6 +21,7 @@ from siv_core.runs import session
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.testing import _ToyPrior
 from siv_core.train.trainer import Trainer
+from siv_core.use import pictures
 
 CPU = torch.device("cpu")
 
@@ -185,6 +187,15 @@ checkpoint = "4 steps"
 keep_every = 1
 """
 )
+
+
+@pytest.fixture(autouse=True)
+def blank_curves(monkeypatch):
+    """Drawing them takes longer than all the rest of these runs, and is not what is tried here."""
+    blank = np.full((4, 4, 3), 255, np.uint8)
+    monkeypatch.setattr(pictures, "curves", lambda path, lines: pictures.save_png(path, blank))
+
+
 PROBES = '[metrics.latent_probes]\nclass_factor = "digit"\n'
 
 
@@ -326,7 +337,6 @@ def test_every_is_read_and_checked(tmp_path, siv):
 
 
 def test_pictures_of_a_metric_are_kept(tmp_path, catalogue, monkeypatch, siv):
-    import numpy as np
     from PIL import Image
     from siv_plugins import latent_probes
 

@@ -156,7 +156,10 @@ def test_an_exception_while_building_names_the_component_too(installed, tmp_path
     where = f"({installed / 'siv_tired.py'}:{place('1 / 0')}, in build_network)"
     assert str(error) == f"{OWNER}: ZeroDivisionError: division by zero; while building network 'tired' {where}"
     error, _ = fails(tmp_path, "network.where=nothing")
-    assert str(error) == f"{OWNER}: network 'tired' built a NoneType, which has no encoder, decoder, groups, translate"
+    assert (
+        str(error)
+        == f"{OWNER}: network 'tired' built a NoneType, which has no encoder, decoder, groups, translate, batch_statistics"
+    )
 
 
 @pytest.mark.parametrize(
