@@ -70,7 +70,7 @@ def test_importance_weights_give_the_likelihood_of_a_linear_model():
     covariance = w @ w.T + 0.5 * torch.eye(3)  # exp(−‖x − D(z)‖²) is a Gaussian of variance ½
     exact = torch.distributions.MultivariateNormal(b.double(), covariance.double()).log_prob(x.double())
     constant = -1.5 * math.log(math.pi)
-    draws = 20_000
+    draws = 2000
     weights = model.log_weights(x, draws) + constant
     assert weights.shape == (5, draws)
     assert weights.dtype == torch.float64
