@@ -62,6 +62,7 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Losses, KLs and reconstructions of a run over images seen, from the lines of stats.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     series: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
@@ -72,7 +73,9 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
                     xs.append(line["images_seen"])
                     ys.append(value)
     panels = {"reconstruction": "rec_", "KL (nats)": "kl_", "loss": "loss", "gradient norm": "gradient_norm"}
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
+    # a layout engine would double the time
+    figure.subplots_adjust(left=0.065, right=0.99, bottom=0.07, top=0.96, hspace=0.3, wspace=0.14)
     FigureCanvasAgg(figure)
     for axes, (title, part) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for label, (xs, ys) in series.items():
@@ -83,6 +86,10 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel("images seen")
         if part != "loss" and any(min(ys) > 0 for label, (_, ys) in series.items() if label.split(": ")[1].startswith(part)):
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         if axes.lines:
             axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
