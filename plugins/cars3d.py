@@ -49,7 +49,9 @@ class Cars3DConfig:
     size: int = option(64, doc="side of the images in pixels; below 128 they are shrunk with antialiasing", ge=8, le=128)
     held_out_models: int = option(20, doc="car models kept from training, by a seeded choice", ge=1, le=182)
     split_seed: int = option(0, doc="of that choice", ge=0)
-    archive: str = option("", doc="the original .tar.gz or its unpacked folder cars; empty: looked for in the data folder")
+    archive: str = option(
+        "", doc="the original .tar.gz or its unpacked folder cars; empty: looked for in the data folder", place=True
+    )
 
 
 class Folder:
@@ -284,7 +286,7 @@ class Cars3D:
 
     def _source(self) -> Path | None:
         """The archive or the folder with the MAT files."""
-        roots = [Path(self.archive).expanduser()] if self.archive else [self.folder / ARCHIVE, self.folder]
+        roots = [Path(self.archive)] if self.archive else [self.folder / ARCHIVE, self.folder]
         for root in roots:
             if root.is_file():
                 return root

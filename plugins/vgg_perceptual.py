@@ -56,7 +56,7 @@ class VGGPerceptualConfig:
     weights: str = option(
         "imagenet", doc="random needs no file and is no perceptual loss: to try the machinery", choices=("imagenet", "random")
     )
-    weights_file: str = option("", doc=f"torchvision's {FILE}; empty: weights/{FILE} in the data folder")
+    weights_file: str = option("", doc=f"torchvision's {FILE}; empty: weights/{FILE} in the data folder", place=True)
 
 
 def bare_features(last: int) -> nn.Sequential:
@@ -154,7 +154,7 @@ def build(config: VGGPerceptualConfig, spec: Spec) -> VGGPerceptual:
         raise UserError(
             f"reconstruction 'vgg_perceptual' needs images with 1 or 3 channels, this data is {spec.kind} {list(spec.shape)}"
         )
-    file = Path(config.weights_file).expanduser() if config.weights_file else files.data_root() / "weights" / FILE
+    file = Path(config.weights_file) if config.weights_file else files.data_root() / "weights" / FILE
     loss = VGGPerceptual(config.preset, config.factor or float(spec.dims), spec.value_range, config.weights, file)
     least = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in loss.features)
     if min(spec.shape[1:]) < least:

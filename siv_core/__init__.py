@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.runs.session import Run as Run
     from siv_core.runs.session import resume as resume
     from siv_core.runs.session import run as run
+    from siv_core.runs.watchers import Silent as Silent
 
 _HOME = {
     "siv_core.component": ("Component", "PerGroup", "option", "per_group"),
@@ -64,6 +65,7 @@ _HOME = {
     ),
     "siv_core.runs.opened": ("load",),
     "siv_core.runs.session": ("Run", "resume", "run"),
+    "siv_core.runs.watchers": ("Silent",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)  # noqa: PLE0605  (the list is made from the table above)

@@ -70,10 +70,13 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    place: bool = False,
 ) -> Any:
     """A field of a config class: its default, its bounds and the sentence `siv describe` shows.
 
     `default` may be a mutable table: every instance gets its own copy. Without a default the key must stand in the recipe.
+    `place`: a path, "" for none, which arrives absolute and with `~` expanded; relative ones are from the working folder. Where
+    something lies is no part of an experiment: it may differ from one use of a run to the next.
     """
     bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt, choices=choices)
 
@@ -81,7 +84,7 @@ def option(
         if not bounds.allows(value):
             raise ValueError(f"{attribute.name}: {value!r} is not {bounds}")
 
-    metadata = {"doc": doc, "bounds": bounds}
+    metadata = {"doc": doc, "bounds": bounds, "place": place}
     if isinstance(default, dict):
         return attrs.field(factory=default.copy, validator=check, metadata=metadata, kw_only=True)
     return attrs.field(default=default, validator=check, metadata=metadata, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
-from siv_core import latents, losses
+from siv_core import inputs, latents, losses
 from siv_core.errors import UserError
 from siv_core.latents import Codes, Gaussian, Posterior
 from siv_core.nets import Priors, make_nets, rows_of, slices, sources
@@ -68,7 +68,8 @@ class Model:
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Posterior:
         """The posterior of images: {group: (mu, logvar)}."""
-        self._check(labels)
+        inputs.images(x, self.spec, self._dtype)
+        inputs.labels(labels, len(x), self.spec)
         with self._quiet() as nets:
             parts: list[Posterior] = [
                 nets.encoder(*(None if part is None else part.to(self.device) for part in rows_of((x, labels), rows)))
@@ -77,13 +78,18 @@ class Model:
         return {group: Gaussian(*map(torch.cat, zip(*(q[group] for q in parts), strict=True))) for group in parts[0]}
 
     def decode(self, codes: Codes, labels: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Images of codes; `seed` matters only to decoders with noise of their own."""
+        """Images of codes {group: [N, d]}; `seed` matters only to decoders with noise of their own.
+
+        Of posteriors give `siv_core.latents.means(q)`, or use `reconstruct`.
+        """
         return torch.cat(list(self._decoded(codes, labels, seed)))
 
     def _decoded(self, codes: Codes, labels: Tensor | None, seed: int) -> Iterator[Tensor]:
         """`BATCH` images at a time, each batch with noise of its own."""
-        self._check(labels)
+        inputs.codes(codes, self.groups, self._dtype)
+        inputs.count(seed, "seed", 0)
         n = len(next(iter(codes.values())))
+        inputs.labels(labels, n, self.spec)
         given = {group: code.to(self.device) for group, code in codes.items()}
         tree = (given, None if labels is None else labels.to(self.device))
         for number, rows in enumerate(_batches(n)):
@@ -99,6 +105,7 @@ class Model:
 
     def samples(self, n: int, batch: int = BATCH, seed: int = 0, labels: Tensor | None = None) -> Iterator[Tensor]:
         """The images of `sample`, `batch` at a time: the memory they take does not grow with n, but for the codes [n, d]."""
+        inputs.count(batch, "batch", 1)
         waiting: list[Tensor] = []
         there = 0
         for images in self._decoded(*self._prior_codes(n, seed, labels), seed):
@@ -113,8 +120,11 @@ class Model:
             yield torch.cat(waiting)
 
     def _prior_codes(self, n: int, seed: int, labels: Tensor | None) -> tuple[Codes, Tensor | None]:
+        inputs.count(n, "n", 0)
+        inputs.count(seed, "seed", 0)
         if labels is None and self.spec.conditional and self.spec.classes:
             labels = torch.arange(n) % self.spec.classes
+        inputs.labels(labels, n, self.spec)
         if labels is not None:
             labels = labels.to(self.device)
         with self._quiet() as nets:
@@ -137,6 +147,8 @@ class Model:
 
     def kl(self, q: Posterior, labels: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:
         """KL of posteriors to the prior of each group in nats: {group: [N]}, float64."""
+        inputs.posterior(q, self.groups)
+        inputs.count(seed, "seed", 0)
         wide = {group: Gaussian(mu.double(), logvar.double()) for group, (mu, logvar) in q.items()}  # exp(logvar) has room
         n = len(next(iter(q.values())).mu)
         with self._quiet() as nets:
@@ -150,6 +162,9 @@ class Model:
         ln draws, plus that constant, is the importance-weighted bound of Burda et al. 2016 (arXiv:1509.00519, equation 8). A
         `UserError` where the reconstruction loss needs what is not at hand.
         """
+        inputs.count(draws, "draws", 1)
+        inputs.count(seed, "seed", 0)
+        inputs.images(x, self.spec, self._dtype)
         loss = self.reconstruction
         lacking = getattr(loss, "missing", lambda: None)() if loss else "this model has no reconstruction loss"
         if loss is None or lacking:
@@ -169,7 +184,9 @@ class Model:
 
     def interpolate(self, x: Tensor, y: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
         """Images [steps, N, …] on straight lines between the posterior means of x and y, ends included."""
+        inputs.count(steps, "steps", 1)
         a, b = latents.means(self.encode(x, labels)), latents.means(self.encode(y, labels))
+        inputs.pair(x, y)
         ways = torch.linspace(0, 1, steps, device=self.device)
         lines = [{group: torch.lerp(a[group], b[group], way) for group in a} for way in ways]
         return torch.stack([self.decode(codes, labels) for codes in lines])
@@ -181,12 +198,14 @@ class Model:
         of the first one.
         """
         given = labels or {}
+        inputs.images_by_group(images, labels, self.groups, self.spec, self._dtype)
         codes = {group: self.encode(images[group], given.get(group))[group].mu for group in self.groups}
         return self.decode(codes, given.get(self.translate[0] if self.translate else next(iter(self.groups))))
 
-    def _check(self, labels: Tensor | None) -> None:
-        if self.spec.conditional and labels is None:
-            raise UserError("this model was trained with train.conditional: it takes a label for each image, and was given none")
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """Of its weights; None where it has none."""
+        return next((weight.dtype for module in (self.encoder, self.decoder) for weight in module.parameters()), None)
 
     def _sources(self) -> Sources:
         return sources(self.groups, self.priors, self.decoder)

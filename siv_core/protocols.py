@@ -38,6 +38,7 @@ class Spec:
     classes: int | None = None  # number of label values, None without labels
     factors: Mapping[str, int] = field(factory=dict)  # factor name -> number of values; for metrics only
     conditional: bool = False  # whether the networks are given labels (`train.conditional`)
+    fit: str = "crop"  # how images of other proportions come into a shape: "crop" to their centre, or "stretch"
 
     @property
     def dims(self) -> int:
@@ -89,6 +90,7 @@ class Dataset(Protocol):
 
     Optional: `fetch(progress)` downloads it from its source, `about()` gives JSON for the run's manifest, `check(path, progress)`
     is `siv data check` of files it is made from: a report with the list `problems`, None of a path that is none of its own.
+    `counts()` -> {"train": n, "held_out": m}, known before `prepare`; `notes()`: sentences on how its files are read.
     """
 
     @property

@@ -7,9 +7,11 @@ is cut into micro-batches. torch's CPU generator ignores the upper 32 bits of a 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _MASK = 0xFFFFFFFF
 
@@ -70,3 +72,51 @@ class DataOrder:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return torch.cat(parts)
+
+
+class Seeded(TorchDispatchMode):
+    """While it is entered, whatever draws random numbers in this thread draws them from a generator of its own.
+
+    torch's initialisation of layers knows the global generators alone, which all threads share: weights would depend on what
+    other threads do. The bits are those that the global generator would give with this seed; it is left as it was.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seed, self.generators = seed, dict[torch.device, torch.Generator]()
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or _given(func, args, kwargs) is not None:
+            return func(*args, **kwargs)
+        device = next((x.device for x in args if isinstance(x, Tensor)), torch.device(kwargs.get("device") or "cpu"))
+        if device.type == "meta":
+            return func(*args, **kwargs)
+        named = func if _takes_generator(func) else _with_generator(func)
+        if named is None:
+            reason = "takes no generator: what it draws would depend on other threads; draw it another way"
+            raise NotImplementedError(f"{func} {reason}")
+        return named(*args, **{**kwargs, "generator": self._generator(device)})
+
+
+def _takes_generator(func: Any) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)
+
+
+def _given(func: Any, args: Any, kwargs: Any) -> Any:
+    """The generator of a call, None where it has none."""
+    if "generator" in kwargs:
+        return kwargs["generator"]
+    places = [i for i, argument in enumerate(func._schema.arguments) if argument.name == "generator" and not argument.kwarg_only]
+    return next((args[i] for i in places if i < len(args)), None)
+
+
+def _with_generator(func: Any) -> Any:
+    """torch.rand without a generator is another function of torch than with one."""
+    name = {"default": "generator"}.get(func._overloadname, f"{func._overloadname}_generator")
+    return getattr(func.overloadpacket, name, None)

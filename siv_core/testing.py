@@ -20,7 +20,7 @@ from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
 from siv_core.protocols import Batch, Networks, Objective, Spec, Stage
 from siv_core.recipe import convert
 from siv_core.recipe.build import network_problems
-from siv_core.seeding import Streams, normal, stream_seed
+from siv_core.seeding import Seeded, Streams, normal, stream_seed
 from siv_core.train.step import tensors_of
 
 N = 4  # samples of a check
@@ -50,8 +50,7 @@ def default_config(component: Component) -> Any:
 
 def build_seeded(component: Component, *arguments: Any) -> Any:
     """Build under a seed, leaving the global random state alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with Seeded(0):
         return component.build(*arguments)
 
 
@@ -251,8 +250,7 @@ class _ToyDecoder(torch.nn.Module):
 def toy_networks(spec: Spec, groups: dict[str, int] | None = None, dtype: torch.dtype = torch.float32) -> Networks:
     """A small smooth model with any latent groups, for tests of objectives and trainers."""
     groups = groups or {"a": 3, "b": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with Seeded(0):
         inputs = int(torch.tensor(spec.shape).prod())
         return Networks(_ToyEncoder(inputs, groups).to(dtype), _ToyDecoder(spec.shape, groups).to(dtype), groups)
 

@@ -16,7 +16,7 @@ import torch
 
 from siv_core.latents import kl_standard
 from siv_core.recipe import build, catalogue, recipe
-from siv_core.runs.session import Silent
+from siv_core.runs.watchers import Silent
 from siv_core.store.rundir import RunDir
 from siv_core.train import stage
 from siv_core.train.parallel import Parallel

@@ -16,7 +16,7 @@ from siv_core.errors import PluginError, UserError
 from siv_core.protocols import Spec
 from siv_core.recipe.build import network_problems
 from siv_core.recipe.recipe import GAP
-from siv_core.runs.session import Silent
+from siv_core.runs.watchers import Silent
 from siv_core.train import stage
 from siv_core.train.parallel import Parallel, SharedBatchNorm, share_statistics
 from siv_core.train.trainer import Trainer

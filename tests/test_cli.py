@@ -315,9 +315,12 @@ def test_reconstruct_own_pictures(trained, siv_in, tmp_path):
     assert arrays["x"].shape == arrays["y"].shape == (len(sizes) + 1, 1, 8, 8)
     assert torch.equal(arrays["x"][-1], torch.full((1, 8, 8), 128 * (1 / 255)))
     done_to = ["RGB converted to L", "put on white", "", "put on white", "P converted to L", "1 converted to L"]
-    done_to += ["CMYK converted to L", "16 bits reduced to 8"]
-    assert report["notes"] == [
-        f"{mine / name}: {change}{', ' if change else ''}{width} × {height}, centre resized to 8 × 8"
+    deep = np.asarray(Image.open(mine / "7_I16.png")).max()
+    done_to += ["CMYK converted to L", f"16 bits reduced to 8: 65,535 is white, its highest value {deep:,}"]
+    assert report["notes"][0] == f"{mine}: 8 pictures of it taken, not 1 file of another ending (notes.txt)"
+    assert report["notes"][1:] == [
+        f"{mine / name}: {change}{', ' if change else ''}{width} × {height}, its centre of {min(width, height)} ×"
+        f" {min(width, height)} resized to 8 × 8"
         for change, (name, (width, height)) in zip(done_to, sorted(sizes.items()), strict=True)
     ]
     model = siv_core.load(trained.run, device="cpu")
@@ -346,7 +349,7 @@ def test_wrong_uses_from_python(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures in this folder"):
         own_pictures.expand([tmp_path / "empty"])
-    with pytest.raises(UserError, match="expected GROUP=FILES"):
+    with pytest.raises(UserError, match="translating takes a class and a content group"):
         apply.taken(["class"], model)
     with pytest.raises(UserError, match="--device tpu: expected auto, cpu, cuda or cuda:N"):
         siv_core.load(trained.run, device="tpu")

@@ -280,7 +280,7 @@ def test_what_is_not_as_the_format_says(tmp_path, changes, words):
     path = tmp_path / "own.h5"
     make(path, **changes)
     with pytest.raises(UserError, match=words) as error:
-        list(hdf5_child.look(path, "images", "labels"))  # what the child does, without starting one each time
+        list(hdf5_child.look(path, "images", "labels", "factors"))  # what the child does, without starting one each time
     assert str(path) in str(error.value)
 
 

@@ -46,8 +46,36 @@ def area(x, height, width):
 
 @pytest.mark.parametrize("size", [(4, 4), (2, 2), (1, 1), (8, 2), (8, 8)])
 def test_smaller_sizes_are_area_means(size):
-    x = feed.to_float(STORED, SPEC, (3, *size))
+    x = feed.to_float(STORED, evolve(SPEC, fit="stretch"), (3, *size))
     assert np.allclose(x.numpy(), area(STORED.numpy() / 255, *size), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "part"),  # rows and columns of the image's centre that is left
+    [
+        ((8, 8), (8, 2), (slice(8), slice(3, 5))),
+        ((8, 8), (2, 4), (slice(2, 6), slice(8))),
+        ((4, 8), (2, 2), (slice(4), slice(2, 6))),
+        ((8, 4), (4, 4), (slice(2, 6), slice(4))),
+        ((4, 8), (2, 4), (slice(4), slice(8))),
+    ],
+)
+def test_other_proportions_are_cut_to_their_centre(stored, size, part):
+    x = torch.rand(2, 3, *stored, generator=torch.Generator().manual_seed(2))
+    made = feed.to_float(x, evolve(SPEC, shape=(3, *size)))
+    assert np.allclose(made.numpy(), area(x.numpy()[:, :, *part], *size), atol=1e-6)
+    told = feed.fitting(*stored, *size, "crop")
+    rows, columns = (range(n)[one] for n, one in zip(stored, part, strict=True))
+    cut = (len(rows), len(columns)) != stored
+    assert (f"its centre of {len(columns)} × {len(rows)}" in told) == cut
+    assert told.endswith(f"resized to {size[1]} × {size[0]}")
+    assert "stretched" not in told
+
+
+def test_what_is_done_to_images_is_said():
+    assert feed.fitting(8, 8, 8, 8, "crop") == feed.fitting(8, 8, 8, 8, "stretch") == ""
+    assert feed.fitting(64, 128, 32, 32, "crop") == "128 × 64, its centre of 64 × 64 resized to 32 × 32"
+    assert feed.fitting(64, 128, 32, 32, "stretch") == "128 × 64 stretched to 32 × 32"
 
 
 def test_a_half_size_of_a_half_size_is_a_quarter():

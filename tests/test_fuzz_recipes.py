@@ -31,6 +31,8 @@ from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe.convert import Length
 from siv_core.recipe.options import Cadence, Init, Optim, ShadowOptions, StageOptions, Train
 from siv_core.recipe.recipe import Recipe, load, parse
+from siv_core.recipe.resolved import load as load_resolved
+from siv_core.recipe.resolved import tree_of
 from siv_core.store import memory
 
 COUNT = int(os.environ.get("SIV_CAMPAIGN_RECIPES", "300"))
@@ -90,7 +92,9 @@ def read(source: bytes, profiles: tuple[str, ...] = (), sets: tuple[str, ...] = 
     SEEN["recipe"] += 1
     resolved = recipe.resolved()
     assert json.loads(json.dumps(resolved, allow_nan=False)) == resolved
-    assert parse(again(resolved), Path("some.toml"), source, KNOWN, (), (), False).resolved() == resolved
+    assert parse(tree_of(resolved), Path("some.toml"), source, KNOWN, (), (), False).resolved() == resolved
+    manifest = {"format": 2, "recipe": recipe.name, "profiles": recipe.profiles, "automatic_profile": recipe.automatic_profile}
+    assert load_resolved(Path("resolved.json"), resolved, manifest, KNOWN).resolved() == resolved  # what a run is built from
     return recipe
 
 
@@ -100,22 +104,6 @@ def check_problems(problems: tuple[str, ...]) -> None:
         assert line.startswith(("some.toml:", "--set "))
         assert line.isprintable()
         assert len(line) < 2100
-
-
-def again(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that says what a resolved one says."""
-    tree = {key: value for key, value in resolved.items() if value is not None}
-    named = {group: value for group, value in resolved["prior"].items() if group != "all"}
-    tree["prior"] = named or resolved["prior"]["all"]
-    tree["stages"] = []
-    for stage in resolved["stages"]:
-        own = {key: stage[key] for key in ("length", "fade", "fade_shape", "reset_optimisers", "objective")}
-        players = {player: values for player, values in stage["optim"].items() if player != "all"}
-        own.update(optim={**stage["optim"]["all"], **players}, train={"batch": stage["batch"]})
-        if stage["size"] is not None:
-            own["data"] = {"size": stage["size"]}
-        tree["stages"].append(own)
-    return tree
 
 
 def siv(*arguments: str) -> int:

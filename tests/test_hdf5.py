@@ -192,10 +192,21 @@ def bad(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("arrays", "options", "words"),
     [
-        ({"images": IMAGES}, {"layout": "NHW"}, "must be uint8 or float in .* with the axes NHW"),
-        ({"images": IMAGES.astype(np.int32)}, {}, "must be uint8 or float"),
+        ({"images": IMAGES}, {"layout": "NHW"}, r"the shape \[300, 3, 4, 6\], and data.layout = 'NHW' does not fit it"),
+        ({"images": IMAGES}, {"layout": "NCWW"}, "does not fit it; such as NCHW"),
+        ({"images": np.zeros((9, 8, 8, 8), np.uint8)}, {}, "which axis is which cannot be told; set data.layout, such as NCHW"),
+        ({"images": IMAGES[0, 0]}, {}, r"must be images \[N, C, H, W\]"),
+        (
+            {"images": IMAGES.astype(np.int32)},
+            {},
+            r"is int32, which has no agreed range: its values go from 0 to 255; .* data.value_range = \[0, 255\]",
+        ),
         ({"images": IMAGES[:0]}, {}, "not empty"),
-        ({"images": bad(1.5)}, {}, r"images 256 … 299 of 'images' hold values outside \[0, 1\] or no numbers"),
+        (
+            {"images": bad(1.5)},
+            {},
+            r"outside \[0, 1\] or no numbers: its values go from 0.5 to 1.5; .*value_range = \[0.5, 1.5\]",
+        ),
         ({"images": bad(-0.1)}, {}, r"outside \[0, 1\]"),
         ({"images": bad(float("nan"))}, {}, "or no numbers"),
         ({"images": bad(float("inf"))}, {}, "or no numbers"),
@@ -203,18 +214,18 @@ def bad(value: float) -> np.ndarray:
         (
             {"images": IMAGES, "labels": np.arange(299)},
             {},
-            r"'labels' must be 300 whole numbers from 0 on and below 1,000,000, one for each image; it is",
+            r"has 300 images, 'labels' 299 rows: as many are needed; data.labels = \"\" goes on without",
         ),
         (
             {"images": IMAGES, "labels": np.arange(300) - 1},
             {},
-            r"'labels' must be 300 whole numbers from 0 on and below 1,000,000, one for each image; it is",
+            r"'labels' must be whole numbers from 0 on and below 1,000,000, one for each image; it is .*data.labels = \"\"",
         ),
         ({"images": IMAGES, "labels": np.full(300, 2**62)}, {}, r"below 1,000,000"),
         (
             {"images": IMAGES, "labels": np.arange(300) / 2},
             {},
-            r"'labels' must be 300 whole numbers from 0 on and below 1,000,000, one for each image; it is",
+            r"'labels' must be whole numbers from 0 on and below 1,000,000, one for each image; it is .*data.labels = \"\"",
         ),
     ],
 )
@@ -227,7 +238,7 @@ def test_what_cannot_be_converted(hdf5, arrays, options, words):
 
 def test_what_is_no_file(hdf5, tmp_path):
     data = hdf5()
-    assert data.missing() == f"there is no file {tmp_path / 'own.h5'}; set data.path"
+    assert data.missing() == f"there is no file {tmp_path / 'own.h5'}; set data.path (a relative one is from the working folder)"
     with pytest.raises(UserError, match="there is no file"):
         _ = data.spec
     (tmp_path / "own.h5").write_text("no HDF5")
@@ -249,12 +260,6 @@ def test_links_into_other_files_are_not_followed(hdf5, tmp_path, how):
         data.prepare(quiet)
 
 
-def test_the_home_folder_is_meant_by_a_tilde(catalogue, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    component = catalogue.get("dataset", "hdf5")
-    assert component.build(component.config(path="~/x.h5")).source == Path(tmp_path / "x.h5")
-
-
 def convert(path: str, root: str) -> None:
     os.environ["SIV_DATA"] = root
     plugin.build(plugin.HDF5Config(path=path)).prepare(quiet)
@@ -267,7 +272,7 @@ def test_a_conversion_killed_at_any_moment_goes_on(tmp_path):
         file.create_dataset("images", data=images, compression="gzip", chunks=(256, 3, 4, 6))
     code, moments = crash.in_child(convert, str(source), str(tmp_path / "whole"))
     assert code == 0
-    [whole] = (tmp_path / "whole" / "hdf5").iterdir()
+    [whole] = (tmp_path / "whole" / "hdf5").glob("*.h5")
     kills = min(moments, int(os.environ.get("SIV_KILLS", "3")))
     for kill_at in random.Random(0).sample(range(1, moments + 1), kills):
         root = tmp_path / f"root{kill_at}"
@@ -276,7 +281,7 @@ def test_a_conversion_killed_at_any_moment_goes_on(tmp_path):
             assert datafile.check(root / "hdf5" / whole.name)["problems"] == []
         assert crash.in_child(convert, str(source), str(root))[0] == 0
         left = {path.name for path in (root / "hdf5").iterdir()} - {whole.name}
-        assert left <= {f"{whole.name}.partial", f"{whole.name}.partial.json", f"{whole.name}.lock"}, f"killed at {kill_at}"
+        assert left <= {f"{whole.name}.{end}" for end in ("partial", "partial.json", "lock", "from.json")}, f"killed at {kill_at}"
         assert (root / "hdf5" / whole.name).read_bytes() == whole.read_bytes()
 
 
@@ -347,8 +352,8 @@ HOSTILE = {
     "terabytes": r"making it takes 2,3\d\d\.\d GiB, its disk has [\d.,]+ GiB free",
     "a huge chunk": "an image or a chunk of it takes more memory than there is for reading",
     "a damaged chunk": "cannot be read as an HDF5 file",
-    "strings": "'images' must be uint8 or float",
-    "objects": "'images' must be uint8 or float",
+    "strings": "'images' must be images .* of numbers",
+    "objects": "'images' must be images .* of numbers",
 }
 
 
@@ -378,7 +383,7 @@ def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
     os.mkfifo(path)
     monkeypatch.setattr(reader, "PATIENCE", 2)
     with pytest.raises(UserError, match="HDF5 had no answer in 2 s: is its disk at work"):
-        list(reader.ask(path, "look", images="images", labels="labels"))
+        list(reader.ask(path, "look", images="images", labels="labels", factors="factors"))
     crashing = tmp_path / "python"
     monkeypatch.setattr(reader.sys, "executable", str(crashing))
     for signal_name, words in (
@@ -388,7 +393,7 @@ def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
         crashing.write_text(f"#!/bin/sh\nkill -{signal_name} $$\n")
         crashing.chmod(0o755)
         with pytest.raises(UserError, match=words):
-            list(reader.ask(path, "look", images="images", labels="labels"))
+            list(reader.ask(path, "look", images="images", labels="labels", factors="factors"))
 
 
 def test_the_command_outlives_a_child_that_died_unasked(tmp_path):
@@ -423,7 +428,7 @@ def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path):
     (tmp_path / "h5py.py").write_text("print('somebody else')")  # in the folder one works in
     (tmp_path / "own.h5").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read as an HDF5 file"):
-        list(reader.ask(tmp_path / "own.h5", "look", images="images", labels="labels"))
+        list(reader.ask(tmp_path / "own.h5", "look", images="images", labels="labels", factors="factors"))
 
 
 def test_truncated_at_any_byte(tmp_path):
@@ -433,7 +438,7 @@ def test_truncated_at_any_byte(tmp_path):
     for size in [*range(0, len(whole), max(1, len(whole) // 7)), len(whole) - 1]:
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"own.h5: (cannot be read|'images' is truncated|HDF5 broke down)"):
-            list(reader.ask(path, "look", images="images", labels="labels"))
+            list(reader.ask(path, "look", images="images", labels="labels", factors="factors"))
 
 
 # -- what `siv data check` tells -------------------------------------------------------------------------------------------------
@@ -464,26 +469,36 @@ def test_check_counts_everything_in_a_file(tmp_path):
 
 def test_check_says_why_nothing_can_be_images(tmp_path):
     with h5py.File(tmp_path / "own.h5", "w") as file:
-        file["images"] = np.full((20, 1, 2, 2), 7.5)
         file["few"] = [1, 2]
-        file["deep"] = np.zeros((20, 1, 2, 2), np.int32)
         file["gap"] = np.full((20, 1, 2, 2), np.nan)
+        file["text"] = np.full((2, 2, 2), b"a")
         file["away"] = h5py.ExternalLink("other.h5", "/x")
     problems = [problem.removeprefix(f"{tmp_path / 'own.h5'}: ") for problem in datafile.check(tmp_path / "own.h5")["problems"]]
     assert problems == [
         "'away' is a link to other.h5:/x; only data inside the file itself is read",
-        "'deep' cannot be images: they are uint8 or float, it is int32",
         "'few' cannot be images: they have 3 or 4 axes and are not empty, it is [2]",
         "'gap' cannot be images: 80 of its values are not finite",
-        "'images' cannot be images: floats are in [0, 1], it goes from 7.5 to 7.5",
+        "'text' cannot be images: they are numbers, it is |S1",
     ]
+
+
+def test_check_gives_the_options_that_a_file_takes(tmp_path, hdf5):
+    arrays = {"images": np.full((20, 1, 2, 2), 7.5), "deep": np.arange(80, dtype=np.int32).reshape(20, 1, 2, 2)}
+    data = hdf5(arrays)
+    options = datafile.check(tmp_path / "own.h5")["options"]
+    assert [line.partition('", ')[2] for line in options] == [
+        'images = "deep", value_range = [0, 79], layout = "NCHW"',
+        'images = "images", value_range = [7.5, 7.5], layout = "NCHW"',
+    ]
+    data = prepared(hdf5(images="deep", value_range=(0.0, 79.0), layout="NCHW"))
+    assert (data.spec.shape, stored(data).min(), stored(data).max()) == ((1, 2, 2), 0, 255)
 
 
 def test_check_tells_of_labels_that_are_too_few(tmp_path):
     with h5py.File(tmp_path / "own.h5", "w") as file:
         file["images"], file["labels"] = IMAGES, np.arange(299)
     [problem] = datafile.check(tmp_path / "own.h5")["problems"]
-    assert "'labels' must be 300 whole numbers" in problem
+    assert "'images' has 300 images, 'labels' 299 rows" in problem
 
 
 def test_check_tells_of_what_is_no_file(tmp_path):

@@ -14,7 +14,7 @@ from siv_core.errors import Diverged
 from siv_core.recipe.convert import Length
 from siv_core.recipe.options import Optim, Train
 from siv_core.recipe.recipe import Choice, StagePlan
-from siv_core.runs import session
+from siv_core.runs import session, watchers
 from siv_core.store.rundir import RunDir
 from siv_core.train import stage
 from siv_core.train.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, judge
@@ -176,7 +176,7 @@ checkpoint = "60 steps"
 )
 
 
-class Told(session.Silent):
+class Told(watchers.Silent):
     """Keeps what a run says."""
 
     def __init__(self, stop_at=0):

@@ -164,6 +164,8 @@ def test_preparation_is_killed(tmp_path, kind, capsys):
         found = data_of(data)
         for name in [name for name in found if name.endswith(".lock")]:
             assert found.pop(name) == b""  # of a process killed as it took its lock file away: the next one takes it over
+        for name in [name for name in found if name.endswith(".from.json")]:
+            assert json.loads(found.pop(name))["source"] == str(source)
         assert len(found) == 1  # neither a part nor a journal
         whole.update(found)
         return found

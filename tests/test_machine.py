@@ -17,7 +17,7 @@ from test_resume import contents
 
 from siv_core.cli.console import Screen
 from siv_core.errors import Stopped, UserError
-from siv_core.runs import session
+from siv_core.runs import session, watchers
 from siv_core.store import checkpoint
 from siv_core.store.rundir import RunDir
 
@@ -96,7 +96,7 @@ def test_a_run_that_cannot_be_written(folder, undisturbed):
     assert "runs: this folder cannot be made (Read-only file system)" in done.err
 
 
-class Vandal(session.Silent):
+class Vandal(watchers.Silent):
     """Takes a folder away at the first tick."""
 
     def __init__(self, folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_clock_set_back(folder, undisturbed):
     assert contents(run) == contents(undisturbed)
 
 
-class Breaker(session.Silent):
+class Breaker(watchers.Silent):
     """Ends a run after a tick, and keeps what it is told."""
 
     def __init__(self, step: int = 10**9) -> None:

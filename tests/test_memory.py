@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 
@@ -103,7 +104,7 @@ def test_a_check_takes_no_memory_for_the_batch(made, monkeypatch):
 def test_a_run_to_start_from_that_is_not_there(catalogue, tmp_path):
     path = tmp_path / "some.toml"
     path.write_text(TINY + '[init]\nrun = "nowhere"\n')
-    with pytest.raises(UserError, match=r"some.toml:\d+: init.run: nowhere: no run here"):
+    with pytest.raises(UserError, match=rf"some.toml:\d+: init.run: {os.getcwd()}/nowhere: no run here"):
         inspect.check(load(path, catalogue), catalogue)
 
 

@@ -17,7 +17,7 @@ from siv_core.latents import Gaussian
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Measurement, Spec
-from siv_core.runs import session
+from siv_core.runs import session, watchers
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.testing import _ToyPrior
 from siv_core.train.trainer import Trainer
@@ -203,7 +203,7 @@ def ran(folder, text, name, **more):
     (folder / f"{name}.toml").write_text(text)
     said = []
 
-    class Listener(session.Silent):
+    class Listener(watchers.Silent):
         def say(self, line):
             said.append(line)
 
@@ -249,7 +249,7 @@ def test_a_stopped_run_measures_what_is_due_once(tmp_path):
     assert strip(parts) == strip(whole)
 
 
-class Impatient(session.Silent):
+class Impatient(watchers.Silent):
     """Asks for an end while the first metric is taken, as a signal does, and again wherever progress is shown."""
 
     def __init__(self):
@@ -352,5 +352,5 @@ def test_pictures_of_a_metric_are_kept(tmp_path, catalogue, monkeypatch, siv):
     one = opened.open_run(run, "last", "auto", "cpu")
     for expected in ("latent_probes_shown.png", "latent_probes_shown-2.png"):
         about = record.measured_as(one.built, one.model, "evaluate", one.step)
-        record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, session.Silent(), None)
+        record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watchers.Silent(), None)
         assert (run / "outputs" / expected).exists()

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from PIL import Image
 from torch import nn
 
 from siv_core.cli import data as cli_data
+from siv_core.data import feed
 from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.nets import Priors
@@ -37,19 +39,22 @@ def quiet(what: str, done: int, total: int) -> None:
 
 LEVEL = 102  # 0.4 of 255
 PLAIN = Image.new("RGB", (4, 4), (LEVEL,) * 3)
+DEEP = "16 bits reduced to 8: 65,535 is white, its highest value 26,214"
 KINDS = {
     "rgb.png": (PLAIN, ""),
     "grey.png": (PLAIN.convert("L"), "L converted to RGB"),
     "palette.png": (PLAIN.convert("P"), "P converted to RGB"),
     "cmyk.tif": (PLAIN.convert("CMYK"), "CMYK converted to RGB"),
     "cmyk.jpg": (PLAIN.convert("CMYK"), "CMYK converted to RGB"),
-    "16 bit.png": (Image.fromarray(np.full((4, 4), LEVEL * 257, np.uint16)), "16 bits reduced to 8, L converted to RGB"),
-    "32 bit.tif": (Image.fromarray(np.full((4, 4), LEVEL * 257, np.int32)), "16 bits reduced to 8, L converted to RGB"),
+    "16 bit.png": (
+        Image.fromarray(np.full((4, 4), LEVEL * 257, np.uint16)),
+        f"{DEEP}, L converted to RGB",
+    ),
     "lab.tif": (Image.new("LAB", (4, 4), (110, 128, 128)), "LAB converted to RGB"),
     "one.png": (Image.new("1", (4, 4), 0), "1 converted to RGB"),
-    "thin.png": (Image.new("RGB", (1, 500), (LEVEL,) * 3), "1 × 500, centre resized to 4 × 4"),
-    "wide.webp": (Image.new("RGB", (500, 1), (LEVEL,) * 3), "500 × 1, centre resized to 4 × 4"),
-    "dot.bmp": (Image.new("RGB", (1, 1), (LEVEL,) * 3), "1 × 1, centre resized to 4 × 4"),
+    "thin.png": (Image.new("RGB", (1, 500), (LEVEL,) * 3), "1 × 500, its centre of 1 × 1 resized to 4 × 4"),
+    "wide.webp": (Image.new("RGB", (500, 1), (LEVEL,) * 3), "500 × 1, its centre of 1 × 1 resized to 4 × 4"),
+    "dot.bmp": (Image.new("RGB", (1, 1), (LEVEL,) * 3), "1 × 1 resized to 4 × 4"),
 }
 
 
@@ -120,6 +125,9 @@ def bad(folder: Path, how: str) -> Path:
     elif how == "floats":
         path = folder / "a.tif"
         Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(path)
+    elif how == "whole numbers of 32 bits":
+        path = folder / "a.tif"
+        Image.fromarray(np.full((4, 4), LEVEL * 257, np.int32)).save(path)
     elif how == "truncated":
         Image.effect_noise((64, 64), 50).save(path)
         path.write_bytes(path.read_bytes()[:900])
@@ -142,8 +150,9 @@ BAD = {
     "a bomb": "it has more than the 89 million pixels that are read; make it smaller first",
     "nearly a bomb": "it has more than the 89 million pixels that are read; make it smaller first",
     "a bomb of text": r"Decompressed data too large",
-    "a folder": "it is no regular file",
+    "a folder": r"no pictures in this folder \(.*\); it has 1 folder in it \(c.png\)",
     "a pipe": "it is no regular file",
+    "whole numbers of 32 bits": "its pixels are whole numbers of 32 bits, which have no agreed range; save it with 8 or 16",
     "floats": "its pixels are floats, which have no agreed range; save it with 8 or 16 bits",
 }
 
@@ -152,7 +161,7 @@ BAD = {
 def test_what_is_no_picture_gets_a_sentence(tmp_path, how):
     path = bad(tmp_path, how)
     with pytest.raises(UserError, match=BAD[how]) as caught:
-        own_pictures.own_images(own_pictures.expand([path]), model())
+        own_pictures.own_images([path], model())
     [problem] = caught.value.problems
     assert problem.startswith(str(path))
 
@@ -162,7 +171,7 @@ def test_all_pictures_that_cannot_be_read_are_told_at_once(tmp_path):
         (tmp_path / name).write_bytes(b"")
     PLAIN.save(tmp_path / "c.png")
     with pytest.raises(UserError) as caught:
-        own_pictures.own_images(own_pictures.expand([tmp_path]), model())
+        own_pictures.own_images([tmp_path], model())
     assert [Path(problem.split(":")[0]).name for problem in caught.value.problems] == ["a.png", "b.png"]
 
 
@@ -174,7 +183,7 @@ def test_odd_names(tmp_path, name):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     PLAIN.convert("L").save(path)
     assert own_pictures.listed(str(path)) == [path]
-    _, [note] = own_pictures.own_images(own_pictures.expand([tmp_path]), model())
+    _, [note] = own_pictures.own_images([tmp_path], model())
     path.write_bytes(b"")
     with pytest.raises(UserError) as caught:
         own_pictures.own_images([path], model())
@@ -187,10 +196,56 @@ def test_lists_of_paths():
     assert own_pictures.listed("a.png,b/,c.png") == [Path("a.png"), Path("b"), Path("c.png")]
 
 
-def test_shadows_and_other_files_are_left_out_of_a_folder(tmp_path):
+def test_what_is_left_out_of_a_folder_is_told(tmp_path):
     for name in ("b.JPG", "a.png", "._a.png", "notes.txt", ".hidden.png"):
         (tmp_path / name).touch()
-    assert [path.name for path in own_pictures.expand([tmp_path])] == ["a.png", "b.JPG"]
+    assert own_pictures.expand([tmp_path / "a.png"]) == ([tmp_path / "a.png"], [])
+    taken, [note] = own_pictures.expand([tmp_path])
+    assert [path.name for path in taken] == ["a.png", "b.JPG"]
+    assert note == f"{tmp_path}: 2 pictures of it taken, not 1 file of another ending (notes.txt)"
+    for name in ("deep.png", "d2", "d3", "d4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "movie.mp4").touch()
+    _, [note] = own_pictures.expand([tmp_path])
+    assert note.endswith("not 4 folders in it (d2, d3, d4, …) and 2 files of other endings (movie.mp4, notes.txt)")
+
+
+def test_data_check_tells_what_it_left_out(tmp_path):
+    PLAIN.save(tmp_path / "a.png")
+    (tmp_path / "more").mkdir()
+    report = cli_data.checked(tmp_path, quiet)
+    assert report["not_taken"] == [f"{tmp_path}: 1 pictures of it taken, not 1 folder in it (more)"]
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+@pytest.mark.parametrize("stored", [(8, 8), (8, 16), (12, 6), (7, 9), (4, 4)])
+def test_an_image_goes_in_as_the_data_does(tmp_path, fit, stored):
+    """The same pixels, from a picture file and from the rows of a data set."""
+    image = np.random.default_rng(0).integers(0, 256, (3, *stored), dtype=np.uint8)
+    Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "a.png")
+    spec = Spec((3, 4, 4), fit=fit)
+    x, _ = own_pictures.own_images([tmp_path / "a.png"], evolve(model(), spec=spec))
+    assert torch.equal(x, feed.to_float(torch.from_numpy(image)[None], spec))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(2, "LA"), (4, "RGBA")])
+def test_models_of_other_channels_take_pictures_that_have_them(tmp_path, channels, mode):
+    picture = Image.new("RGBA", (4, 4), (LEVEL, LEVEL, LEVEL, 51)).convert(mode)
+    picture.save(tmp_path / "a.png")
+    x, notes = fitted(tmp_path / "a.png", channels)
+    assert notes == []
+    assert (x[:-1] - 0.4).abs().max() < 1e-6
+    assert (x[-1] - 0.2).abs().max() < 1e-6
+    with pytest.raises(UserError, match="pictures have 1 to 4 channels and this model's images 5"):
+        fitted(tmp_path / "a.png", 5)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.png", "b.png"):
+        PLAIN.save(tmp_path / name)
+    assert own_pictures.expand(own_pictures.listed("~/a.png,~/b.png"))[0] == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert own_pictures.expand([Path("~")])[0] == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
 def test_check_counts_modes_sizes_and_what_cannot_be_read(tmp_path):
@@ -199,9 +254,9 @@ def test_check_counts_modes_sizes_and_what_cannot_be_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
     report = cli_data.checked(tmp_path, quiet)
     assert (report["kind"], report["pictures"], report["readable"]) == ("pictures", len(KINDS) + 1, len(KINDS))
-    assert report["modes"] == {"RGB": 5, "CMYK": 2, "L": 1, "P": 1, "I;16": 1, "I": 1, "1": 1}
-    assert report["sizes"] == {"4 × 4": 9, "1 × 500": 1, "500 × 1": 1, "1 × 1": 1}
-    assert report["changes"]["16 bits reduced to 8"] == 2
+    assert report["modes"] == {"RGB": 5, "CMYK": 2, "L": 1, "P": 1, "I;16": 1, "1": 1}
+    assert report["sizes"] == {"4 × 4": 8, "1 × 500": 1, "500 × 1": 1, "1 × 1": 1}
+    assert report["changes"][f"{DEEP}"] == 1
     [problem] = report["problems"]
     assert problem.startswith(f"{tmp_path / 'broken.png'}: no picture that can be read")
     assert cli_data.checked(tmp_path / "rgb.png", quiet)["problems"] == []

@@ -13,7 +13,7 @@ from PIL import Image
 from siv_plugins import density2d as plane
 
 from siv_core.errors import UserError
-from siv_core.runs import opened, session
+from siv_core.runs import opened, session, watchers
 from siv_core.use import apply, evaluate
 
 RED = np.array([200, 55, 31])
@@ -108,9 +108,10 @@ def test_sampling_draws_with_and_without_the_data(run, tmp_path):
     told = apply.sample(model, tmp_path, 50, 0, metrics, one.built.dataset)
     assert [path.rpartition("/")[2] for path in told["files"]] == ["samples.safetensors", "samples.png"]
     assert told["notes"] == []
-    absent = SimpleNamespace(missing=lambda: "fetch it")
-    told = apply.sample(model, tmp_path, 50, 0, metrics, absent)
-    assert told["notes"] == ["samples without the data, which is not at hand: fetch it"]
+    one.built.dataset = SimpleNamespace(missing=lambda: "fetch it")
+    data, note = opened.data_to_draw(one)
+    told = apply.sample(model, tmp_path, 50, 0, metrics, data, note)
+    assert told["notes"] == ["samples without the data: data 'toy2d' is not at hand: fetch it"]
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("samples", "samples-2")]
     assert not np.array_equal(*pictures)  # only the first has the data below
 
@@ -118,11 +119,11 @@ def test_sampling_draws_with_and_without_the_data(run, tmp_path):
 def test_reconstructing_points_needs_no_picture_and_takes_none(run, tmp_path):
     one = opened.open_run(run.path, "last", "auto", "cpu")
     model, built = one.model, one.built
-    told = apply.reconstruct(model, built.dataset, tmp_path, [], 0)
+    told = apply.reconstruct(model, built.dataset, tmp_path, [], 0, "points")
     assert [path.rpartition("/")[2] for path in told["files"]] == ["reconstructions.safetensors"]
-    assert told["notes"] == ["held-out samples of the run's data"]
+    assert told["notes"] == ["held-out samples of points"]
     with pytest.raises(UserError, match=r"this model is of arrays \[2\]: pictures cannot be put into it; leave the files out"):
-        apply.reconstruct(model, built.dataset, tmp_path, [tmp_path / "a.png"], 0)
+        apply.reconstruct(model, built.dataset, tmp_path, [tmp_path / "a.png"], 0, "")
 
 
 def test_several_models_side_by_side(run):
@@ -154,7 +155,7 @@ def test_data_without_a_metric_that_draws_it_is_told(tmp_path):
     (tmp_path / "plain.toml").write_text(RECIPE.partition("[metrics")[0])
     said = []
 
-    class Listener(session.Silent):
+    class Listener(watchers.Silent):
         def say(self, line):
             said.append(line)
 

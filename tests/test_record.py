@@ -14,7 +14,7 @@ import torch
 import toys
 
 from siv_core.errors import UserError
-from siv_core.runs import opened, record, session
+from siv_core.runs import opened, record, session, watchers
 from siv_core.store import checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.use import apply
@@ -41,7 +41,7 @@ class_factor = "digit"
 )
 
 
-class Listener(session.Silent):
+class Listener(watchers.Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -70,7 +70,7 @@ def lines(run: Path, name: str) -> list[dict]:
 def evaluate(run: Path) -> None:
     one = opened.open_run(run, "last", "auto", "cpu")
     about = record.measured_as(one.built, one.model, "evaluate", one.step)
-    record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, session.Silent(), None)
+    record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watchers.Silent(), None)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(run):
@@ -184,9 +184,9 @@ def test_a_model_is_loaded_without_its_data(tmp_path, monkeypatch):
     model = opened.load(tmp_path / "run", device="cpu")
     assert model.spec.shape == (1, 4, 4)
     assert torch.equal(model.sample(3), before)
-    built = opened.open_run(tmp_path / "run", "last", "auto", "cpu").built
-    with pytest.raises(UserError, match="not at hand: there is no file"):
-        opened.need_data(built, session.Silent().progress)
+    one = opened.open_run(tmp_path / "run", "last", "auto", "cpu")
+    with pytest.raises(UserError, match=r"not at hand: there is no file .*own\.h5"):
+        opened.need_data(one, watchers.Silent().progress)
 
 
 def test_the_automatic_profile_is_told_once(tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_a_conditional_run_shows_its_classes(tmp_path):
     with pytest.raises(UserError, match="takes a label for each image"):
         model.reconstruct(x)
     data = opened.open_run(tmp_path / "run", "last", "auto", "cpu").built.dataset
-    written = apply.reconstruct(model, data, tmp_path / "outputs", (), 0)["files"]
+    written = apply.reconstruct(model, data, tmp_path / "outputs", (), 0, "it")["files"]
     assert [Path(path).name for path in written] == ["reconstructions.safetensors", "reconstructions.png"]
     assert model.interpolate(x, x, 3, labels=torch.tensor([1, 2])).shape == (3, 2, 1, 8, 8)
 

@@ -26,7 +26,7 @@ from siv_core.recipe import build
 from siv_core.recipe.recipe import parse
 from siv_core.runs import check as inspect
 from siv_core.runs import session
-from siv_core.runs.session import Silent
+from siv_core.runs.watchers import Silent
 from siv_core.seeding import Streams
 from siv_core.testing import _toy_prior, check_objective, check_prior, leaves, toy_networks
 from siv_core.train import stage

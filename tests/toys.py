@@ -20,7 +20,7 @@ from siv_core.protocols import Networks, Objective, Phase, Shadow, Spec
 from siv_core.recipe import build
 from siv_core.recipe.catalogue import Catalogue, Owner
 from siv_core.recipe.recipe import parse
-from siv_core.runs.session import Silent
+from siv_core.runs.watchers import Silent
 from siv_core.store.rundir import RunDir
 from siv_core.train.parallel import Parallel
 from siv_core.train.trainer import Trainer

@@ -13,7 +13,17 @@ import click
 if TYPE_CHECKING:
     from siv_core.cli.console import Screen
 
-PATH = click.Path(path_type=Path)
+
+class Place(click.Path):
+    """A path, with `~` put out: a shell does that at the start of a word alone, as not in --run-dir=~/x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from siv_core.store.files import expanded
+
+        return expanded(str(super().convert(value, param, ctx)))
+
+
+PATH = Place(path_type=Path)
 Command = Callable[..., Any]
 
 

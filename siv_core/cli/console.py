@@ -6,9 +6,7 @@ import contextlib
 import errno
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -17,13 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from siv_core.errors import Stopped
+from siv_core.runs.watchers import Lines
 
 if TYPE_CHECKING:
     from siv_core.train.trainer import Trainer
 
-LINE_SECONDS = 5.0  # between two lines where there is no terminal
 SHOW_CURSOR = b"\x1b[?25h"
-SHOWN = {"rec_real": "reconstruction", "kl_real": "KL real", "kl_rec": "KL x_rec", "kl_prior": "KL x_prior"}
 
 
 class Lasting:
@@ -63,7 +60,7 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # how the process then ends is for `cli` to say
 
 
-class Screen:
+class Screen(Lines):
     """Watches a run for a person; on a terminal as moving bars, elsewhere as lines. Takes the first signal as a wish to stop."""
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -71,15 +68,11 @@ class Screen:
         self.console: Console = _Console(stderr=stderr, highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 200  # a file has no width to keep to
-        self.signum = 0
+        super().__init__()
         self.at_once = False
         self.at_end: Callable[[], None] = lambda: None  # called where a signal ends the process at once
-        self.line_seconds = LINE_SECONDS
         self.live: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        self.last_line: dict[str, float] = {}
-        self.started: dict[str, tuple[float, int]] = {}
-        self.step = (0, 0, 0)  # step, steps, images seen
         self.shown = ""
 
     # -- signals -----------------------------------------------------------------------------------------------------------------
@@ -114,37 +107,22 @@ class Screen:
                 os.dup2(nowhere, descriptor)
         os.close(nowhere)
 
-    def asked_to_stop(self) -> int:
-        return self.signum
-
     # -- what is told ------------------------------------------------------------------------------------------------------------
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
-
-    def wrote(self, path: Path) -> None:
-        if path.suffix == ".png":
-            self.say(f"wrote {path}")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Work that is counted: a bar, or a line every few seconds."""
         if self.signum:
             self.end()
             raise Stopped(self.signum)
-        if self.console.is_terminal:
-            self._bar(what, done, total)
-            if done >= total:
-                self._end_bar(what)
+        if not self.console.is_terminal:
+            super().progress(what, done, total)
             return
-        now = time.monotonic()
-        self.started.setdefault(what, (now, done))
-        if now - self.last_line.setdefault(what, now) >= self.line_seconds or (done >= total and done > self.started[what][1]):
-            self.last_line[what] = now
-            begun, before = self.started[what]
-            left = f", {_time((now - begun) / (done - before) * (total - done))} left" if done > before else ""
-            self.say(f"{what}: {done:,} of {total:,}{left}")
+        self._bar(what, done, total)
         if done >= total:
-            self.started.pop(what), self.last_line.pop(what, None)
+            self._end_bar(what)
 
     def beside(self, what: str, done: int, total: int) -> None:
         """A bar beside others on a terminal, and nothing elsewhere; `over` takes it away."""
@@ -159,36 +137,23 @@ class Screen:
 
     @contextlib.contextmanager
     def training(self, trainer: Trainer, max_seconds: float | None) -> Iterator[None]:
-        total = trainer.schedule.total
-        until = f", at most {_time(max_seconds)}" if max_seconds else ""
-        step = trainer.counters.step
-        self.say(f"training: {total - step:,} of {total:,} steps to go on {trainer.device}{until}")
-        self.started["training"] = (time.monotonic(), step)
         try:
-            yield
+            with super().training(trainer, max_seconds):
+                yield
         finally:
             self.end()
 
     def stepped(self, step: int, steps: int, images_seen: int) -> None:
-        self.step = (step, steps, images_seen)
+        super().stepped(step, steps, images_seen)
         if self.console.is_terminal:
             self._bar("training", step, steps, self.shown)
 
     def ticked(self, line: dict[str, Any]) -> None:
         """Numbers of a tick; on a terminal they stand beside the bar."""
-        values = {name: value for phase in reversed(line["phases"].values()) for name, value in phase.items()}
-        numbers = "  ".join(f"{label} {values[name]:.4g}" for name, label in SHOWN.items() if name in values)
-        begun, before = self.started["training"]
-        step, steps, images_seen = line["step"], self.step[1], line["images_seen"]
-        seconds = max(time.monotonic() - begun, 1e-9)
-        speed = images_seen / step * (step - before) / seconds
-        self.shown = f"{images_seen:,} images  {speed:.0f}/s  {numbers}"
-        now = time.monotonic()
-        due = now - self.last_line.get("training", 0.0) >= self.line_seconds or step == steps
-        if not self.console.is_terminal and due:
-            self.last_line["training"] = now
-            left = seconds / max(step - before, 1) * (steps - step)
-            self.say(f"step {step:,} of {steps:,}  {self.shown}  {_time(left)} left")
+        if self.console.is_terminal:
+            self.shown, _ = self.numbers(line)
+        else:
+            super().ticked(line)
 
     def _bar(self, what: str, done: int, total: int, text: str = "") -> None:
         if self.live is None:
@@ -223,14 +188,9 @@ class Screen:
     # -- tables ------------------------------------------------------------------------------------------------------------------
 
     def table(self, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(*columns)
         for row in rows:
             table.add_row(*row)
         self.end()
+        self.say(title)  # not as the table's: a narrow one would break it, inside a path
         self.console.print(table, markup=False)
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -23,26 +23,56 @@ def data() -> None:
 @data.command("ls")
 @json_option
 def data_ls(as_json: bool) -> None:
-    """List the data sets and whether they are at hand."""
+    """List the data sets, whether they are at hand, and what the data root holds."""
     from siv_core.cli.console import Screen
+    from siv_core.data import cache
     from siv_core.recipe import catalogue as catalogues
     from siv_core.store import files
 
-    catalogue = catalogues.load()
-    rows = []
+    catalogue, root = catalogues.load(), files.data_root()
+    taken = cache.sizes(root)
+    rows: list[dict[str, Any]] = []
     for name in catalogue.names("dataset"):
         component: Any = catalogue.get("dataset", name)
         try:
             lacking = component.build(component.config()).missing()
         except TypeError:  # a set with options that have no default is somebody's own file
             lacking = "needs options; see `siv describe dataset " + name + "`"
-        rows.append({"name": name, "summary": component.summary, "state": lacking or "at hand, or made when it is needed"})
+        state = lacking or "at hand, or made when it is needed"
+        rows.append({"name": name, "summary": component.summary, "state": state, "bytes": taken.pop(name, 0)})
+    rows += [{"name": name, "summary": "a folder of the data root", "state": "", "bytes": size} for name, size in taken.items()]
+    left = sum(one.size for one in cache.leftovers(root))
     if as_json:
-        print_json({"root": str(files.data_root()), "datasets": rows})
+        print_json({"root": str(root), "datasets": rows, "leftover_bytes": left})
         return
     out = Screen()
-    out.say(f"data root: {files.data_root()} (SIV_DATA sets another)")
-    out.table("Data sets", ("name", "summary", "state"), [tuple(row.values()) for row in rows])
+    out.say(f"data root: {root} (SIV_DATA sets another)")
+    shown: list[tuple[str, ...]] = [(row["name"], row["summary"], row["state"], cache.megabytes(row["bytes"])) for row in rows]
+    out.table("Data sets", ("name", "summary", "state", "size"), shown)
+    if left:
+        out.say(f"{cache.megabytes(left)} will not be read again: `siv data clean` takes that away")
+
+
+@data.command("clean")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and stop.")
+@json_option
+def data_clean(dry_run: bool, as_json: bool) -> None:
+    """Remove from the data root what will not be read again: conversions of files that have changed or are gone, and preparations
+    that did not come to their end. All of it can be made again."""
+    from siv_core.cli.console import Screen
+    from siv_core.data import cache
+    from siv_core.store import files
+
+    root = files.data_root()
+    found = list(cache.leftovers(root))
+    report = [{"path": str(one.paths[0]), "bytes": one.size, "reason": one.reason} for one in found]
+    out = Screen(stderr=as_json)
+    for one in found:
+        out.say(f"would remove {one_line(one.paths[0])} ({cache.megabytes(one.size)}): {one.reason}" if dry_run else one.remove())
+    if as_json:
+        print_json({"root": str(root), "removed": not dry_run, "leftovers": report})
+    elif not found:
+        out.say(f"{root}: nothing to remove")
 
 
 @data.command("fetch")

@@ -20,7 +20,8 @@ from siv_core.cli.data import data
 from siv_core.cli.plugins import describe, list_plugins
 from siv_core.cli.recipes import recipes
 from siv_core.cli.sweep import sweep
-from siv_core.errors import SivError, UserError, one_line
+from siv_core.cli.use import evaluate, reconstruct, sample, show_metrics, translate
+from siv_core.errors import SivError, UserError
 from siv_core.store.files import REMEDIES
 
 if TYPE_CHECKING:
@@ -87,23 +88,6 @@ override_options = (
     ),
     set_option,
 )
-model_options = options(
-    click.argument("run", type=PATH),
-    click.option("--checkpoint", default="last", show_default=True, metavar="STEP|last", help="Which checkpoint."),
-    click.option(
-        "--weights",
-        type=click.Choice(["auto", "raw", "ema"]),
-        default="auto",
-        show_default=True,
-        help="Which of its weights; auto: the averaged ones where the run kept them.",
-    ),
-    device_option,
-)
-out_options = options(
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."),
-    click.option("--out", type=PATH, help="Folder for the results; default: RUN/outputs."),
-    json_option,
-)
 
 
 class Commands(click.Group):
@@ -137,11 +121,8 @@ def cli(traceback: bool) -> None:
     """Train, measure and use introspective variational autoencoders."""
 
 
-cli.add_command(data)
-cli.add_command(list_plugins)
-cli.add_command(describe)
-cli.add_command(recipes)
-cli.add_command(sweep)
+for command in (data, list_plugins, describe, recipes, sweep, evaluate, sample, reconstruct, translate):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -215,6 +196,9 @@ def check(
 
     catalogue = catalogues.load()
     loaded = recipes.load(recipe, catalogue, profiles, sets, cpu_only=not devices.nvidia_present())
+    elsewhere = recipes.with_each_profile(recipe, catalogue, profiles, sets)
+    if elsewhere:
+        raise UserError(elsewhere)
     measured = checks.measure(loaded, catalogue, devices.pick_device(device or "auto"), watcher.progress) if measure else None
     report = checks.check(loaded, catalogue)
     if as_json:
@@ -236,6 +220,8 @@ def show_report(watcher: Screen, report: dict[str, Any]) -> None:
         watcher.say(
             f"{stage['objective']}: {stage['length']}, batch {stage['batch']}, {stage['flops_per_step'] / 1e9:,.2f} GFLOP a step"
         )
+    for line in report.get("notes", []):
+        watcher.say(line)
     for line in report["not_at_hand"] or ["nothing: everything is at hand"]:
         watcher.say(f"not at hand here: {line}")
 
@@ -254,107 +240,6 @@ def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
     watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
     if measured["device_peak_bytes"] is not None:
         watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
-
-
-@cli.command()
-@model_options
-@json_option
-def evaluate(run: Path, checkpoint: str, weights: str, device: str, as_json: bool) -> None:
-    """Measure RUN with the metrics of its recipe; the lines are added to its metrics.jsonl."""
-    watcher = screen(as_json)
-    from siv_core.runs import opened, record
-
-    one = opened.open_run(run, checkpoint, weights, device)
-    opened.need_data(one.built, watcher.progress)
-    with one.run_dir.locked():
-        about = record.measured_as(one.built, one.model, "evaluate", one.step)
-        lines = record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watcher, None)
-    if as_json:
-        print_json({"run": str(run), "metrics": lines})
-    else:
-        show_metrics(watcher, lines)
-
-
-@cli.command()
-@model_options
-@click.option("-n", "--number", "count", default=64, show_default=True, type=click.IntRange(1), help="How many.")
-@out_options
-def sample(run: Path, checkpoint: str, weights: str, device: str, count: int, seed: int, out: Path | None, as_json: bool) -> None:
-    """Draw samples from the prior of RUN: a picture and an array."""
-    watcher = screen(as_json, at_once=True)
-    from siv_core.runs import opened
-    from siv_core.use import apply
-
-    one = opened.open_run(run, checkpoint, weights, device)
-    made = apply.sample(one.model, out or one.run_dir.path / "outputs", count, seed, one.built.metrics(), one.built.dataset)
-    told(watcher, made, as_json)
-
-
-@cli.command()
-@model_options
-@click.argument("images", type=PATH, nargs=-1)
-@out_options
-def reconstruct(
-    run: Path, images: tuple[Path, ...], checkpoint: str, weights: str, device: str, seed: int, out: Path | None, as_json: bool
-) -> None:
-    """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
-    watcher = screen(as_json, at_once=True)
-    from siv_core.runs import opened
-    from siv_core.use import apply
-
-    one = opened.open_run(run, checkpoint, weights, device)
-    if not images:
-        opened.need_data(one.built, watcher.progress)
-    told(watcher, apply.reconstruct(one.model, one.built.dataset, out or one.run_dir.path / "outputs", images, seed), as_json)
-
-
-@cli.command()
-@model_options
-@click.option(
-    "--take", multiple=True, metavar="GROUP=FILES", help="Pictures for a group, such as class='a.png,b.png'; a folder works."
-)
-@click.option("-n", "--number", "count", default=8, show_default=True, type=click.IntRange(1), help="Held-out images a side.")
-@out_options
-def translate(
-    run: Path,
-    take: tuple[str, ...],
-    count: int,
-    checkpoint: str,
-    weights: str,
-    device: str,
-    seed: int,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Class images down the left, content images along the top, and every class with every content between them."""
-    watcher = screen(as_json, at_once=True)
-    from siv_core.runs import opened
-    from siv_core.use import apply
-
-    one = opened.open_run(run, checkpoint, weights, device)
-    given = apply.taken(take, one.model)
-    if len(given) < 2:
-        opened.need_data(one.built, watcher.progress)
-    told(watcher, apply.translate(one.model, one.built.dataset, out or one.run_dir.path / "outputs", given, count, seed), as_json)
-
-
-def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
-    """What an applied model wrote."""
-    for note in result["notes"]:
-        watcher.say(note)
-    if as_json:
-        print_json(result)
-    else:
-        for path in result["files"]:
-            watcher.say(f"wrote {one_line(path)}")
-
-
-def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:
-    rows: list[tuple[str, ...]] = [
-        (line["metric"], line["name"], f"{float(line['value']):.6g}" if "value" in line else f"skipped: {line['skipped']}")
-        for line in lines
-    ]
-    watcher.table("Metrics", ("metric", "name", "value"), rows)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core.data import hdf5
-from siv_core.data.hdf5_child import COLUMNS, FORMAT
+from siv_core.data import foreign, hdf5
+from siv_core.data.hdf5_file import COLUMNS, FORMAT
 from siv_core.errors import UserError, one_line
 from siv_core.protocols import Progress, Rows
 from siv_core.store import files
@@ -75,7 +75,7 @@ def write(
             _write_whole(path, Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split))
 
 
-def _partial(path: Path) -> tuple[Path, Path]:
+def unfinished(path: Path) -> tuple[Path, Path]:
     """The images of an unfinished file, and the journal of its blocks."""
     return path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
 
@@ -89,7 +89,7 @@ def _grow(
     source: str,
 ) -> NDArray[np.uint8]:
     """All images, in the partial file, from where an interrupted preparation stopped."""
-    partial, journal = _partial(path)
+    partial, journal = unfinished(path)
     count = -(-shape[0] // block)
     row = math.prod(shape[1:])
     key = {"format": FORMAT, "source": source, "shape": list(shape), "block": block}
@@ -169,7 +169,7 @@ def _write_whole(path: Path, table: Table) -> None:
                 factors.attrs["sizes"] = list(table.factor_sizes.values())
         with temporary.open("rb+") as raw:
             os.fsync(raw.fileno())
-        for made_of in _partial(path):  # now, since nobody looks for them once the file is there
+        for made_of in unfinished(path):  # now, since nobody looks for them once the file is there
             made_of.unlink()
         os.replace(temporary, path)
         files.sync_folder(path.parent)
@@ -190,12 +190,12 @@ class Looked:
         return bool(self.facts["native"])
 
 
-def look(path: Path, images: str = "images", labels: str = "labels") -> Looked:
+def look(path: Path, images: str = "images", labels: str = "labels", factors: str = "factors") -> Looked:
     """What `path` holds, found out by a child process, once for each state of the file."""
-    return _look(path, images, labels, _state(path))
+    return _look(path, images, labels, factors, state(path))
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def state(path: Path) -> tuple[int, int, int]:
     """What changes when a file does; a `UserError` where there is none that can be read."""
     try:
         about = path.stat()
@@ -207,8 +207,8 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=8)
-def _look(path: Path, images: str, labels: str, state: tuple[int, int, int]) -> Looked:
-    (facts, _), *rest = hdf5.ask(path, "look", images=images, labels=labels)
+def _look(path: Path, images: str, labels: str, factors: str, state: tuple[int, int, int]) -> Looked:
+    (facts, _), *rest = hdf5.ask(path, "look", images=images, labels=labels, factors=factors)
     return Looked(facts, {answer["column"]: values for answer, values in rest if values is not None})
 
 
@@ -273,7 +273,7 @@ def check(path: Path, progress: Progress = lambda what, done, total: None) -> di
 def _surveyed(path: Path, report: dict[str, Any], progress: Progress) -> bool:
     """Fill in `datasets` and what leads outside or cannot be read; whether the file is of format 1."""
     native = False
-    _state(path)
+    state(path)
     for answer, _ in hdf5.ask(path, "survey"):
         if "what" in answer:
             progress(answer["what"], answer["done"], answer["total"])
@@ -315,37 +315,49 @@ def _check_foreign(path: Path, report: dict[str, Any]) -> None:
     """Which data sets the data set `hdf5` could take for images, and why it could not."""
     able, reasons = [], []
     for entry in report["datasets"]:
-        why, layout = _as_images(entry)
+        why, more = _as_images(entry)
         if why is None:
-            able.append(f'path = "{one_line(path)}", images = "{one_line(entry["name"])}", layout = "{layout}"')
+            able.append(f'path = "{one_line(path)}", images = "{one_line(entry["name"])}"{more}')
         elif not entry.get("problem"):
             reasons.append(f"{one_line(path)}: '{one_line(entry['name'])}' cannot be images: {why}")
     report["options"] = able
     if not able:
         report["problems"] += reasons or ([] if report["problems"] else [f"{one_line(path)}: holds no data sets at all"])
     by_name = {entry["name"]: entry for entry in report["datasets"]}
-    if "images" in by_name and "labels" in by_name and _as_images(by_name["images"])[0] is None:
-        try:
-            look(path)
-        except UserError as error:  # of the labels
-            report["problems"] += [problem for problem in error.problems if problem not in report["problems"]]
+    if "images" in by_name and _as_images(by_name["images"])[0] is None:
+        report["problems"] += [problem for problem in _columns_of(path, by_name["images"]) if problem not in report["problems"]]
+
+
+def _columns_of(path: Path, images: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the labels and factors that go with these images."""
+    order = foreign.order_of(images["shape"], images["axes"])
+    try:
+        columns = look(path).columns
+    except UserError as error:
+        yield from error.problems
+        return
+    for name, values in columns.items() if order else ():
+        n = images["shape"][(order or "").index("N")]
+        if len(values) != n:
+            yield f"{one_line(path)}: 'images' {foreign.unequal(n, name, len(values), name)}"
 
 
 def _as_images(entry: dict[str, Any]) -> tuple[str | None, str]:
-    """(why these are no images, "") or (None, their layout)."""
-    shape, dtype = entry.get("shape", []), entry.get("dtype")
+    """(why these are no images, "") or (None, the options of the data set `hdf5` that read them)."""
+    shape, dtype = entry.get("shape", []), entry.get("dtype", "")
     if entry.get("problem"):
         return entry["problem"], ""
     if len(shape) not in (3, 4) or not all(shape):
         return f"they have 3 or 4 axes and are not empty, it is {shape}", ""
-    if dtype != "uint8" and entry["kind"] != "f":
-        return f"they are uint8 or float, it is {dtype}", ""
-    if dtype != "uint8" and entry["not_finite"]:
+    if entry["kind"] not in "uifb":
+        return f"they are numbers, it is {dtype}", ""
+    if entry.get("not_finite"):
         return f"{entry['not_finite']} of its values are not finite", ""
-    if dtype != "uint8" and not 0 <= entry["lowest"] <= entry["highest"] <= 1:
-        return f"floats are in [0, 1], it goes from {entry['lowest']:g} to {entry['highest']:g}", ""
-    last = len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
-    return None, "NHW" if len(shape) == 3 else "NHWC" if last else "NCHW"
+    given, low, high = foreign.agreed_range(entry), entry["lowest"], entry["highest"]
+    fits = given is not None and given[0] <= low and high <= given[1]
+    value_range = "" if fits else f", value_range = [{low:g}, {high:g}]"
+    layout = foreign.order_of(shape, entry["axes"])
+    return None, f'{value_range}, layout = "{layout or "which axis is which cannot be told; such as NCHW"}"'
 
 
 def _sha256(images: NDArray[np.uint8]) -> str:

@@ -18,7 +18,8 @@ HOST_SHARE = 0.3  # of the free memory that data may take to be held there
 
 
 def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Stored rows as floats of the value range in `shape` (the data's own by default): uint8 is scaled, sizes are area means."""
+    """Stored rows as floats of the value range in `shape` (the data's own by default): uint8 is scaled, other proportions are
+    cut to their centre or stretched (`spec.fit`), sizes are area means."""
     import torch
     from torch.nn import functional as F
 
@@ -27,8 +28,29 @@ def to_float(x: Tensor, spec: Spec, shape: tuple[int, ...] | None = None) -> Ten
         x = x.to(torch.float32) * ((high - low) / 255) + low
     shape = shape or spec.shape
     if len(shape) == 3 and x.shape[2:] != shape[1:]:
-        x = F.interpolate(x, shape[1:], mode="area")
+        top, left, height, width = window(x.shape[2], x.shape[3], shape[1], shape[2], spec.fit)
+        x = F.interpolate(x[:, :, top : top + height, left : left + width], shape[1:], mode="area")
     return x
+
+
+def window(height: int, width: int, to_height: int, to_width: int, fit: str) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the part of an image that is resized to another size: its centre in the proportions of
+    that, or all of it where it is stretched."""
+    if fit == "stretch":
+        return 0, 0, height, width
+    rows = min(height, max(1, round(width * to_height / to_width)))
+    columns = min(width, max(1, round(height * to_width / to_height)))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def fitting(height: int, width: int, to_height: int, to_width: int, fit: str) -> str:
+    """What that does to an image, in words and as width × height; "" where nothing has to be done."""
+    if (height, width) == (to_height, to_width):
+        return ""
+    _, _, rows, columns = window(height, width, to_height, to_width, fit)
+    cut = f", its centre of {columns} × {rows}" if (rows, columns) != (height, width) else ""
+    stretched = rows * to_width != columns * to_height and abs(rows * to_width / (columns * to_height) - 1) > 0.01
+    return f"{width} × {height}{cut} {'stretched' if stretched else 'resized'} to {to_width} × {to_height}"
 
 
 def blend(x: Tensor, fade: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from siv_core.data.hdf5_child import REMEDY, Answer
+from siv_core.data.hdf5_file import REMEDY, Answer
 from siv_core.errors import UserError, one_line
 
 SECONDS = 10  # of computing for one answer, where an image takes milliseconds; a busy machine does not count

@@ -19,7 +19,7 @@ from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
 from siv_core.recipe.catalogue import Catalogue, blame, words
 from siv_core.recipe.options import PLAYERS
 from siv_core.recipe.recipe import Choice, Recipe, StagePlan
-from siv_core.seeding import stream_seed
+from siv_core.seeding import Seeded, stream_seed
 from siv_core.store import memory
 
 PROMISED = {  # what is asked of what a component builds, see protocols.py
@@ -194,8 +194,7 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
         memory.need("network: its weights", weights, "fewer or narrower layers")
     except UserError as error:
         raise recipe.told([*problems, *error.problems]) from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(recipe.train.seed, "init"))
+    with Seeded(stream_seed(recipe.train.seed, "init")):
         networks = attempt(_networks, recipe, catalogue, spec)
         priors = attempt(_priors, recipe, catalogue, networks.groups, spec) if networks else None
         reconstruction = attempt(component, catalogue, recipe.reconstruction, spec)
@@ -238,7 +237,7 @@ def check_forward(built: Built, modules: Mapping[str, nn.Module], shape: Sequenc
     for module in seen:
         module.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        with Seeded(0), torch.no_grad():
             x = torch.zeros(rows, *shape, device=device)
             given = {"labels": torch.zeros(rows, dtype=torch.int64, device=device)} if built.spec.conditional else {}
             q = modules["encoder"](x, *given.values())
@@ -329,6 +328,26 @@ def _priors(recipe: Recipe, catalogue: Catalogue, groups: dict[str, int], spec: 
         raise UserError(f"prior.{group}: the network has no such group{near_miss(group, groups)}" for group in unknown)
     choices = {group: recipe.prior.get(group, recipe.prior.get("")) for group in groups}
     return Priors({group: component(catalogue, choice, groups[group], spec) for group, choice in choices.items() if choice})
+
+
+def demands(built: Built) -> list[str]:
+    """What the networks, the pictures and the splits ask of the data and do not get, as far as it is known by now."""
+    counts = getattr(built.dataset, "counts", None)
+    if counts is None:
+        return []
+    there, name = counts(), built.recipe.data.name
+    problems = [
+        f"data: no image of '{name}' is in the split '{split}', of {sum(there.values())} in all; it takes one on"
+        " either side at least"
+        for split, count in there.items()
+        if count < 1
+    ]
+    if not problems and built.networks.translate and there["held_out"] < 2:
+        problems.append(
+            "data: one image alone is held out, and translations are shown between two: hold out more (data.held_out), or give"
+            " more images"
+        )
+    return problems
 
 
 def missing(built: Built) -> list[str]:

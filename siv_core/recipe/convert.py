@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import types
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import cattrs
 from attrs import NOTHING, frozen
 
 from siv_core.component import Bounds
-from siv_core.errors import near_miss
+from siv_core.errors import UserError, near_miss
+from siv_core.store import files
 
 CONTAINERS: tuple[Any, ...] = (tuple, list, dict)
 LARGEST = 2**63  # TOML's whole numbers are below it
@@ -199,6 +201,11 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
         bounds = attribute.metadata.get("bounds", Bounds())
         if not bounds.allows(values[name]):
             problems.append(f"{where}.{name}: must be {bounds}, got {shown(plain(values[name]))}")
+        elif is_place(attribute) and values[name]:
+            try:
+                values[name] = os.path.abspath(files.expanded(values[name]))
+            except UserError as error:
+                problems.append(f"{where}.{name}: {error}")
     if len(problems) > before:
         return None
     try:
@@ -206,6 +213,11 @@ def structure(cls: type, table: dict[str, Any], where: str, problems: list[str])
     except ValueError as error:
         problems.append(f"{where}: {error}")
         return None
+
+
+def is_place(attribute: attrs.Attribute[Any]) -> bool:
+    """Whether this option says where something lies."""
+    return bool(attribute.metadata.get("place", False))
 
 
 def config_problem(cls: Any) -> str | None:
@@ -223,6 +235,8 @@ def config_problem(cls: Any) -> str | None:
             return f"{option} has no type"
         if isinstance(attribute.default, (list, dict, set)):
             return f"{option} has a mutable default, which all recipes would share: write a tuple, or a table with `option`"
+        if is_place(attribute) and attribute.type is not str:
+            return f"{option} is a place and has the type {attribute.type}: paths are strings"
         if attribute.default is NOTHING and not attribute.metadata.get("doc"):
             return f"{option} has neither a default nor a doc that says what to give: write `option(doc=…)`"
         try:

@@ -64,7 +64,7 @@ class Cadence:
 class Init:
     """`[init]`: start from another run's weights."""
 
-    run: str = option(doc="its run directory")
+    run: str = option(doc="its run directory", place=True)
     checkpoint: str = option("last", doc="step number or last")
     weights: str = option("raw", doc="which of its weights", choices=("raw", "ema"))
 

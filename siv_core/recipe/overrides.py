@@ -21,6 +21,7 @@ from siv_core.errors import UserError
 LARGEST = 1_000_000  # bytes of a recipe
 DEEPEST = 50  # tables within tables, or parts of a dotted key
 LONGEST = 500  # lines of one statement for which line numbers are still looked up
+ESCAPES = "; in double quotes a backslash begins an escape: put a path with backslashes in single quotes, 'C:\\data\\x.h5'"
 NOT_TEXT = "a recipe is TOML, text in UTF-8; save it as that"
 
 KeyPath = tuple[str | int, ...]  # of a value in a tree: keys of tables and positions in lists
@@ -65,7 +66,8 @@ def tree_of(path: Path, source: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # tomllib lets through what Python says of long numbers and deep nests
         line_told = re.search(r" \(at line (\d+), column \d+\)", str(error))
         place = f"{path}:{line_told[1]}" if line_told else f"{path}"
-        raise UserError(f"{place}: not TOML ({error})") from error
+        written = text.split("\n")[int(line_told[1]) - 1] if line_told else ""
+        raise UserError(f"{place}: not TOML ({error}){ESCAPES if chr(92) in written else ''}") from error
 
 
 def parsed(text: str) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields, frozen
 
 from siv_core.errors import UserError, near_miss
 from siv_core.recipe.catalogue import Catalogue
-from siv_core.recipe.convert import Length, plain, shown, structure
+from siv_core.recipe.convert import Length, is_place, plain, shown, structure
 from siv_core.recipe.options import PLAYERS, Cadence, Init, Optim, ShadowOptions, StageData, StageOptions, Train
 from siv_core.recipe.overrides import Layer, Places, merge, overlay, read, setting, tree_of
 
@@ -86,11 +86,25 @@ class Recipe:
         """Problems "dotted.key: reason" that were found after reading, with the places where they stand."""
         return self.places.told(problems) if self.places else UserError(problems)
 
+    def places_of(self) -> dict[str, str]:
+        """{dotted key: path} of the options that say where something lies."""
+        network = ("network",) if len(self.network) == 1 else ("network.encoder", "network.decoder")
+        choices = {"data": self.data, "reconstruction": self.reconstruction, **dict(zip(network, self.network, strict=True))}
+        choices |= {f"metrics.{name}": plan.choice for name, plan in self.metrics.items()}
+        configs = {**{key: choice.config for key, choice in choices.items()}, **({"init": self.init} if self.init else {})}
+        return {
+            f"{key}.{one.name}": getattr(config, one.name)
+            for key, config in configs.items()
+            for one in fields(type(config))
+            if is_place(one)
+        }
+
     def resolved(self) -> dict[str, Any]:
         """Everything that determines the result, as JSON types; what `resolved.json` holds and a resume compares."""
         network = [choice.tree() for choice in self.network]
         return {
             "format": FORMAT,
+            "places": [key for key in self.places_of() if key != "init.run"],  # which is known by its place alone
             "data": self.data.tree(),
             "network": network[0] if len(network) == 1 else {"encoder": network[0], "decoder": network[1]},
             "reconstruction": self.reconstruction.tree(),
@@ -110,16 +124,22 @@ class Recipe:
         }
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys in which two resolved recipes differ, leaving out what may change between a run and its continuation:
-    lengths, cadences, residency and metrics."""
-    if FREE.fullmatch(where):
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in {**old, **new} for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{where}[{i}]")]
-    return [] if old == new else [f"{where}: the run has {old!r}, the recipe {new!r}"]
+    lengths, cadences, residency and metrics, and where things lie (what lies there is told by its fingerprint)."""
+    places = {*old.get("places", ()), *new.get("places", ()), "places"}
+
+    def differing(old: Any, new: Any, where: str) -> list[str]:
+        if FREE.fullmatch(where) or where in places:
+            return []
+        if isinstance(old, dict) and isinstance(new, dict):
+            pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
+            return [line for key, pair in pairs.items() for line in differing(*pair, f"{where}.{key}".lstrip("."))]
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differing(*pair, f"{where}[{i}]")]
+        return [] if old == new else [f"{where}: the run has {old!r}, the recipe {new!r}"]
+
+    return differing(old, new, "")
 
 
 def load(
@@ -175,6 +195,23 @@ def parse(
     if recipe is None or problems or unread:
         raise UserError((*unread, *places.told(problems).problems))
     return evolve(recipe, profiles=chosen, automatic_profile=automatic, sets=sets, places=places)
+
+
+def with_each_profile(path: Path, catalogue: Catalogue, given: Iterable[str] = (), sets: Iterable[str] = ()) -> list[str]:
+    """What is wrong with a recipe as it is read with no profile, and with each of its own: what stands in it and is not in use
+    now is looked at too. `given` profiles and `sets` go with all of them."""
+    source = read(path)
+    tree, given = tree_of(path, source), tuple(name for name in given if name != "none")
+    profiles = tree.get("profiles", {})
+    problems: dict[str, None] = {}
+    for extra in ((), *((name,) for name in profiles if name not in given)) if isinstance(profiles, dict) else ():
+        try:
+            parse(tree, path, source, catalogue, ("none", *given, *extra), tuple(sets), cpu_only=False)
+        except UserError as error:
+            told = f"with profile '{extra[0]}': " if extra else "without a profile: "
+            known = {line.partition("profile: ")[2] or line for line in problems}
+            problems |= {f"{told}{line}": None for line in error.problems if line not in known}
+    return list(problems)
 
 
 def as_before(recipe: Recipe, manifest: dict[str, Any]) -> Recipe:

@@ -23,7 +23,7 @@ from siv_core.recipe.build import Built
 from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.recipe import Recipe
 from siv_core.runs import device as devices
-from siv_core.runs import opened, session
+from siv_core.runs import opened, session, watchers
 from siv_core.seeding import Streams
 from siv_core.store.rundir import RunDir
 from siv_core.train import stage
@@ -52,7 +52,11 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
         if lacking is None:
             raise
         return {**report, "not_at_hand": [f"data '{recipe.data.name}': {lacking}"]}
+    problems = build.demands(built) if lacking is None else []
+    if problems:
+        raise UserError(problems)
     spec = built.spec
+    report["notes"] = session.told_of(built) if lacking is None else []
     report["data"].update(shape=list(spec.shape), value_range=list(spec.value_range), factors=dict(spec.factors))
     report["groups"] = built.networks.groups
     report["parameters"] = parameters(built)
@@ -163,7 +167,7 @@ def measure(recipe: Recipe, catalogue: Catalogue, device: torch.device, progress
     getattr(loss, "prepare", lambda: None)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trainer = Trainer.of(built, RunDir(Path()), device, Parallel(), session.Silent())
+    trainer = Trainer.of(built, RunDir(Path()), device, Parallel(), watchers.Silent())
     stages: list[dict[str, Any]] = []
     for number, plan in enumerate(recipe.stages):
         trainer.counters.step = trainer.schedule.first(number)

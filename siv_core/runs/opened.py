@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,24 @@ from attrs import frozen
 from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.nets import set_stage
-from siv_core.protocols import Stage
-from siv_core.recipe import build
+from siv_core.protocols import Dataset, Stage
+from siv_core.recipe import build, resolved
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe import recipe as recipes
 from siv_core.recipe.build import Built
 from siv_core.runs import record
 from siv_core.runs.device import pick_device
-from siv_core.store import checkpoint
-from siv_core.store.checkpoint import Checkpoint
+from siv_core.store import files
+from siv_core.store.checkpoint import Checkpoint, offer, path_of
 from siv_core.store.rundir import RunDir
 
 
-def load(run_path: str | Path, checkpoint: str = "last", weights: str = "auto", device: str = "auto") -> Model:
-    """The model of a run: its networks from its own recipe, their weights from a checkpoint. Needs no data.
+def load(run_path: str | Path, checkpoint: str | int = "last", weights: str = "auto", device: str = "auto") -> Model:
+    """The model of a run: its networks as it resolved to them, their weights from a checkpoint. Needs no data.
 
     `weights`: raw, ema, or auto, which is ema where the checkpoint has averages; `Model.name` says which it came to.
     """
-    return open_run(run_path, checkpoint, weights, device).model
+    return open_run(run_path, str(checkpoint), weights, device).model
 
 
 @frozen(eq=False)
@@ -41,20 +42,13 @@ class Opened:
     step: int
 
 
-def open_run(run_path: str | Path, step: str, weights: str, device: str) -> Opened:
-    """As `load`, with what belongs to the model."""
-    run_dir = RunDir.existing(Path(run_path))
-    manifest = run_dir.manifest()
-    catalogue = catalogues.load()
-    try:
-        recipe = recipes.load(run_dir.path / "recipe.toml", catalogue, ("none", *manifest["profiles"]), manifest["sets"])
-    except UserError as error:
-        hint = "siv 0.1, which made this run, called the samples of the prior 'fake': write 'prior' in its recipe.toml"
-        old = manifest["format"] == 1 and "fake" in str(error)
-        raise UserError([*error.problems, *([hint] if old else [])]) from error
-    data = build.dataset(recipe, catalogue)
-    built = build.build(recipe, catalogue, data, record.spec_of(manifest) if data.missing() else None)
-    saved = Checkpoint.open(checkpoint.path_of(run_dir.checkpoints, step))
+def open_run(run: str | Path, checkpoint: str, weights: str, device: str, sets: Sequence[str] = ()) -> Opened:
+    """As `load`, with what belongs to the model. `sets` may say where the data lie now, and what to measure."""
+    run_dir = RunDir.existing(files.expanded(run))
+    manifest, catalogue = run_dir.manifest(), catalogues.load()
+    recipe = resolved.load(run_dir.path / "resolved.json", run_dir.resolved(), manifest, catalogue, sets)
+    built = build.build(recipe, catalogue, build.dataset(recipe, catalogue), record.spec_of(manifest))
+    saved = Checkpoint.open(path_of(run_dir.checkpoints, checkpoint))
     model = model_of(built, saved, weights, pick_device(device))
     record.same_recipe(run_dir, saved)
     return Opened(built, model, run_dir, saved.step)
@@ -66,7 +60,7 @@ def model_of(built: Built, saved: Checkpoint, weights: str, device: torch.device
     stage = saved.state["stage"]
     if stage["number"] >= len(built.recipe.stages):
         told = f"{saved.path}: saved in stage {stage['number']}, which this recipe does not have"
-        raise UserError([told, *checkpoint.offer(saved.path)])
+        raise UserError([told, *offer(saved.path)])
     plan, modules = built.recipe.stages[stage["number"]], built.place(device)
     set_stage(modules.values(), Stage(stage["number"], built.shape(plan), torch.tensor(stage["fade"], device=device)))
     return built.model(modules, device, f"{saved.name}, {used} weights", plan)
@@ -76,19 +70,34 @@ def start_of(recipe: recipes.Recipe) -> Checkpoint:
     """The checkpoint that `[init]` names."""
     assert recipe.init
     try:
-        saved = Checkpoint.open(checkpoint.path_of(RunDir.existing(Path(recipe.init.run)).checkpoints, recipe.init.checkpoint))
+        saved = Checkpoint.open(path_of(RunDir.existing(Path(recipe.init.run)).checkpoints, recipe.init.checkpoint))
         saved.which(recipe.init.weights)
     except UserError as error:
         raise recipe.told(f"init.run: {line}" for line in error.problems) from error
     return saved
 
 
-def need_data(built: Built, progress: Any) -> None:
-    """Prepare the data of a run, or say what is missing."""
-    lacking = built.dataset.missing()
+def need_data(one: Opened, progress: Any) -> str:
+    """Prepare the data of a run, and see that they are what it was trained on: a line that says so, or a `UserError`."""
+    data, name = one.built.dataset, one.built.recipe.data.name
+    places = [f"{key}={path}" for key, path in one.built.recipe.places_of().items() if key.startswith("data.") and path]
+    lacking = data.missing()
     if lacking:
-        raise UserError(f"data '{built.recipe.data.name}' is not at hand: {lacking}")
-    built.dataset.prepare(progress)
+        told = f"data '{name}' is not at hand: {lacking}"
+        raise UserError(told + (f" (here by --set {places[0].partition('=')[0]}=…)" if places else ""))
+    data.prepare(progress)
+    record.same_data(one.run_dir, one.built)
+    at = f" at {places[0].partition('=')[2]}" if places else ""
+    return f"data '{name}'{at}, those of the run: fingerprint {data.fingerprint()}"
+
+
+def data_to_draw(one: Opened) -> tuple[Dataset | None, str | None]:
+    """The run's data, prepared, to be drawn under samples; or None and why, which is no reason not to sample."""
+    try:
+        need_data(one, lambda what, done, total: None)
+    except UserError as error:
+        return None, f"samples without the data: {'; '.join(error.problems)}"
+    return one.built.dataset, None
 
 
 def dataset_by_name(name: str, sets: tuple[str, ...] = ()) -> Any:

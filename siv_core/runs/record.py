@@ -55,16 +55,24 @@ def newest(run_dir: RunDir, say: Callable[[str], None]) -> Checkpoint | None:
 
 def check_same(run_dir: RunDir, built: Built, saved: Checkpoint) -> None:
     """A `UserError` where going on from this checkpoint would not go on with the same run."""
-    before, now = earlier(run_dir).get("data", {}).get("fingerprint"), built.dataset.fingerprint()
-    if before not in (None, now):
-        raise UserError(
-            f"{run_dir.path}: trained on other data: fingerprint {before} then, {now} of '{built.recipe.data.name}' now;"
-            " bring the earlier data back, or start a new run"
-        )
+    same_data(run_dir, built)
     same_recipe(run_dir, saved)
     problems = changed_lengths(built, run_dir, saved.step)
     if problems:
         raise UserError(problems)
+
+
+def same_data(run_dir: RunDir, built: Built) -> None:
+    """A `UserError` where the data at hand are not those that the run was trained on."""
+    before, now = earlier(run_dir).get("data", {}).get("fingerprint"), built.dataset.fingerprint()
+    if before not in (None, now, now.partition("+")[0]):  # earlier versions took the digest of the images alone
+        places = {key: path for key, path in built.recipe.places_of().items() if key.startswith("data.") and path}
+        there = "".join(f", {key} = {path}" for key, path in places.items())
+        elsewhere = "".join(f", say where they are (--set {key}=…)" for key in places)
+        raise UserError(
+            f"{run_dir.path}: trained on other data: fingerprint {before} then, {now} of '{built.recipe.data.name}' now{there};"
+            f" bring the earlier data back{elsewhere}, or start a new run"
+        )
 
 
 def same_recipe(run_dir: RunDir, saved: Checkpoint) -> None:
@@ -240,7 +248,13 @@ def manifest(trainer: Trainer) -> dict[str, Any]:
         "libraries": {name: version(name) for name in LIBRARIES},
         "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
         "git": _git(),
-        "data": {"name": recipe.data.name, "fingerprint": data.fingerprint(), "residency": trainer.feed.residency, **about},
+        "data": {
+            "name": recipe.data.name,
+            "fingerprint": data.fingerprint(),
+            "residency": trainer.feed.residency,
+            "notes": getattr(data, "notes", list)(),
+            **about,
+        },
         "spec": attrs.asdict(attrs.evolve(trainer.built.spec, factors=dict(trainer.built.spec.factors))),
         "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
         "warnings": trainer.health.told,

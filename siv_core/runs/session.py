@@ -6,68 +6,27 @@ import contextlib
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, fields, frozen
 
-from siv_core.errors import Diverged, SivError, Stopped, UserError
+from siv_core.errors import Diverged, SivError, Stopped, UserError, near_miss
 from siv_core.model import Model
-from siv_core.recipe import build
+from siv_core.recipe import build, resolved
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe import recipe as recipes
 from siv_core.recipe.build import Built
 from siv_core.runs import record
 from siv_core.runs.device import nvidia_present, pick_device, set_precision
 from siv_core.runs.opened import load, start_of
-from siv_core.store import checkpoint, rundir
+from siv_core.runs.watchers import Lines, Patient, Watcher
+from siv_core.store import checkpoint, files, rundir
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.train import parallel
-from siv_core.train.observer import Observer
 from siv_core.train.trainer import Trainer
 from siv_core.use import evaluate, pictures
-
-
-class Watcher(Observer, Protocol):
-    """Who is told about a run, beside its progress in training."""
-
-    def say(self, line: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
-    def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
-        """A context around the training loop."""
-
-
-class Silent:
-    """Watches nothing."""
-
-    def say(self, line: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
-    def stepped(self, step: int, steps: int, images_seen: int) -> None: ...
-    def ticked(self, line: dict[str, Any]) -> None: ...
-    def wrote(self, path: Path) -> None: ...
-    def asked_to_stop(self) -> int:
-        return 0
-
-    def training(self, trainer: Trainer, max_seconds: float | None) -> Any:
-        return contextlib.nullcontext()
-
-
-@frozen
-class Patient:
-    """Passes on what it is told, but for a wish to stop: in the middle of training that is granted after the step in hand."""
-
-    watcher: Watcher
-
-    def say(self, line: str) -> None:
-        self.watcher.say(line)
-
-    def wrote(self, path: Path) -> None:
-        self.watcher.wrote(path)
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        with contextlib.suppress(Stopped):
-            self.watcher.progress(what, done, total)
 
 
 @frozen
@@ -103,35 +62,53 @@ class Request:
 def run(path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
     """Train what a recipe says, measure it and draw it: `siv run` as a function.
 
-    `overrides` are the fields of `Request`: profiles, sets (`"train.batch=8"`), run_dir, root, device, max_seconds. A `run_dir`
-    with a run of the same recipe in it is continued.
+    `overrides` are the fields of `Request`: profiles, sets (`["train.batch=8"]`), run_dir, root, device, max_seconds. A `run_dir`
+    with a run of the same recipe in it is continued. Prints lines as it goes on, `watcher=Silent()` none. Ctrl+C saves a
+    checkpoint after the step in hand, notes "stopped", and is then the usual `KeyboardInterrupt`.
     """
-    overrides.update({key: Path(overrides[key]) for key in ("run_dir", "root") if overrides.get(key)})
-    overrides.update({key: tuple(overrides[key]) for key in ("profiles", "sets") if key in overrides})
-    request = Request(**overrides)
+    request = request_of(**overrides)
+    watcher = watcher or Lines()
     catalogue = catalogues.load()
-    recipe = recipes.load(Path(path), catalogue, request.profiles, request.sets, cpu_only=not nvidia_present())
-    watcher = watcher or Silent()
+    recipe = recipes.load(files.expanded(path), catalogue, request.profiles, request.sets, cpu_only=not nvidia_present())
     if recipe.automatic_profile:
         watcher.say("no NVIDIA device here: profile 'cpu' applies (turn it off with --profile none)")
     return start(recipe, catalogue, request, watcher)
 
 
 def resume(run_path: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Run:
-    """Go on with a run where it stopped; `sets` may give a longer length, other cadences or metrics."""
-    run_dir = RunDir.existing(Path(run_path))
+    """Go on with a run where it stopped, as `run` does: `siv run --resume` as a function.
+
+    `overrides`: sets, which may give a longer length, other cadences or metrics, and where the data lie now; device, max_seconds.
+    """
+    run_dir = RunDir.existing(files.expanded(run_path))
     run_dir.to_go_on()
-    manifest = run_dir.manifest()
-    request = Request(
+    manifest, asked = run_dir.manifest(), request_of(**overrides)
+    if asked.profiles or asked.run_dir:
+        raise UserError("resume takes recipe, profiles and folder from the run; only sets, device and max_seconds go with it")
+    request = evolve(
+        asked,
         profiles=("none", *manifest["profiles"]),
-        sets=(*manifest["sets"], *overrides.get("sets", ())),
+        sets=(*resolved.sets_before(manifest, run_dir.resolved()), *asked.sets),
         run_dir=run_dir.path,
-        device=overrides.get("device", "auto"),
-        max_seconds=overrides.get("max_seconds"),
     )
     catalogue = catalogues.load()
     recipe = recipes.load(run_dir.path / "recipe.toml", catalogue, request.profiles, request.sets)
-    return start(recipes.as_before(recipe, manifest), catalogue, request, watcher or Silent())
+    return start(recipes.as_before(recipe, manifest), catalogue, request, watcher or Lines())
+
+
+def request_of(**overrides: Any) -> Request:
+    """What was asked, from what a person gave: paths as text, lists as lists."""
+    known = [attribute.name for attribute in fields(Request)]
+    problems = [f"{key}: no such argument{near_miss(key, known)}" for key in overrides if key not in known]
+    for key in ("profiles", "sets"):
+        if isinstance(overrides.get(key), str):
+            problems.append(f"{key}: is one string, expected a list of them: give [{overrides[key]!r}]")
+        elif key in overrides:
+            overrides[key] = tuple(overrides[key])
+    if problems:
+        raise UserError(problems)
+    overrides.update({key: files.expanded(overrides[key]) for key in ("run_dir", "root") if overrides.get(key)})
+    return Request(**overrides)
 
 
 def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Request, watcher: Watcher) -> Run:
@@ -153,7 +130,7 @@ def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     # a run to start from that is not there is told before anything is made
     fresh = not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints"))
     first = [start_of(recipe)] if recipe.init and fresh else []
-    lacking = build.missing(built)
+    lacking = [*build.missing(built), *build.demands(built)]
     if lacking:
         raise UserError(lacking)
     for name, metric in built.metrics().items():
@@ -161,6 +138,8 @@ def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
             watcher.say(f"metric {name}: will be skipped in part: {need}")
     if built.spec.kind != "image" and not evaluate.drawer(built.metrics()):
         watcher.say("no pictures of samples: such data is drawn by a metric that can, as [metrics.density2d] points of the plane")
+    for line in told_of(built):
+        watcher.say(line)
     set_precision(recipe.train)
     run_dir = _run_dir(recipe, request, processes, watcher)
     with run_dir.locked() if processes.main else contextlib.nullcontext():
@@ -207,8 +186,11 @@ def _train_and_measure(
             state = _train(trainer, request, watcher)
         if state == "finished" and processes.main:
             finish(trainer, watcher)
-    except Stopped as stop:
-        _close(run_dir, processes, "stopped", counters, watcher, f"{stop}; `siv run --resume {run_dir.path}` goes on")
+    except (Stopped, KeyboardInterrupt) as stop:
+        what = str(stop) or "interrupted"
+        _close(run_dir, processes, "stopped", counters, watcher, f"{what}; `siv run --resume {run_dir.path}` goes on")
+        if isinstance(stop, Stopped) and getattr(watcher, "interrupted", False):
+            raise KeyboardInterrupt from stop  # as whoever pressed Ctrl+C in Python expects it
         raise
     except Diverged as error:
         _close(run_dir, processes, "diverged", counters, watcher, f"diverged at step {counters.step}")
@@ -261,6 +243,13 @@ def finish(trainer: Trainer, watcher: Watcher) -> None:
     record.append_metrics(built, metrics, model, run_dir, about, watcher, "")
 
 
+def told_of(built: Built) -> list[str]:
+    """What a person should know of how the data are read and shown."""
+    notes: list[str] = getattr(built.dataset, "notes", list)()
+    shown = pictures.shown_as(built.spec.shape[0]) if built.spec.kind == "image" else ""
+    return [*notes, *([shown] if shown else [])]
+
+
 # -- small things ----------------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +262,8 @@ def _run_dir(recipe: recipes.Recipe, request: Request, processes: parallel.Paral
             run_dir.to_go_on()
             differing = recipes.differences(run_dir.resolved(), resolved)
             if differing:
-                raise UserError([f"{run_dir.path}: holds another run; these differ:", *differing])
+                told = f"{run_dir.path}: holds another run; these differ (--set KEY=VALUE with the run's value goes on with it):"
+                raise UserError([told, *differing])
         return run_dir
     for path in rundir.unfinished(request.root, resolved):
         watcher.say(f"{path} is an unfinished run of the same recipe: `siv run --resume {path}` goes on with it")

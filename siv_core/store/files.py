@@ -227,11 +227,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~name` put out in full; a `UserError` where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: whose home folder that is, is not known; write the path in full") from error
+
+
 def data_root() -> Path:
     """Where prepared data and weights live: SIV_DATA, else the user's data folder."""
     chosen = os.environ.get("SIV_DATA")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     share = os.environ.get("XDG_DATA_HOME")
     try:
         return Path(share) / "siv" if share else Path.home() / ".local" / "share" / "siv"

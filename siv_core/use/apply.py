@@ -25,69 +25,70 @@ def sample(
     seed: int,
     metrics: Mapping[str, Metric] = MappingProxyType({}),
     data: Dataset | None = None,
+    note: str | None = None,
 ) -> dict[str, Any]:
-    """`count` images of the prior. Of data that is no image the picture is what one of `metrics` draws, over `data` where it is
-    at hand."""
+    """`count` images of the prior. Of data that is no image the picture is what one of `metrics` draws, over `data`, which is
+    prepared; a `note` says why there is none."""
     x = model.sample(count, seed)
     notes: list[str] = []
     if model.spec.kind == "image":
         columns = max(1, round(count**0.5))
         return _write(folder, "samples", model, {"samples": x}, lambda: _grid(model, x, columns), notes)
-    lacking = data.missing() if data else None
     if not evaluate.drawer(metrics):
         notes.append("no picture: such data is drawn by a metric that can, as [metrics.density2d] points of the plane")
-    elif lacking:
-        notes.append(f"samples without the data, which is not at hand: {lacking}")
-    elif data:
-        data.prepare(lambda what, done, total: None)
-    below = None if lacking else data
-    return _write(
-        folder, "samples", model, {"samples": x}, lambda: evaluate.draw({"": model}, metrics, below, seed, count), notes
-    )
+    elif note:
+        notes.append(note)
+    return _write(folder, "samples", model, {"samples": x}, lambda: evaluate.draw({"": model}, metrics, data, seed, count), notes)
 
 
-def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path], seed: int) -> dict[str, Any]:
-    """Reconstructions of the user's pictures or, without any, of held-out images."""
+def reconstruct(model: Model, data: Dataset, folder: Path, paths: Sequence[Path], seed: int, about: str) -> dict[str, Any]:
+    """Reconstructions of the user's pictures or, without any, of held-out images of `data`, which `about` tells of."""
     labels = None
     if paths:
-        x, notes = own_pictures.own_images(own_pictures.expand(paths), model)
+        x, notes = own_pictures.own_images(paths, model)
     else:
         x, labels = evaluate.held_out(data, model, 4 * evaluate.SHOWN, seed)
-        notes = [f"held-out {'images' if model.spec.kind == 'image' else 'samples'} of the run's data"]
+        notes = [f"held-out {'images' if model.spec.kind == 'image' else 'samples'} of {about}"]
     arrays = {"x": x, "y": model.reconstruct(x, labels)}
     draw = (lambda: evaluate.reconstructions(model, x, labels)) if model.spec.kind == "image" else None
     return _write(folder, "reconstructions", model, arrays, draw, notes)
 
 
-def taken(take: Sequence[str], model: Model) -> dict[str, list[Path]]:
-    """{group: paths} from `GROUP=FILE,FILE` of the command line."""
-    given: dict[str, list[Path]] = {}
+def taken(take: Sequence[str], model: Model) -> dict[str, tuple[Tensor, list[str]]]:
+    """{group: pictures and what was done to them} from `GROUP=FILE,FILE` of the command line."""
+    groups, given = evaluate.translated_groups(model), dict[str, list[Path]]()
     for text in take:
         group, sign, listed = text.partition("=")
         if not sign or not listed:
             raise UserError(f"--take {text}: expected GROUP=FILES, such as class=a.png,b.png")
-        if model.translate and group not in model.translate:
-            raise UserError(f"--take {group}: no such group{near_miss(group, model.translate)}")
-        given.setdefault(group, []).extend(own_pictures.expand(own_pictures.listed(listed)))
-    return given
+        if group not in groups:
+            raise UserError(f"--take {group}: no such group{near_miss(group, groups)}")
+        given.setdefault(group, []).extend(own_pictures.listed(listed))
+    return {group: own_pictures.own_images(paths, model) for group, paths in given.items()}
 
 
 def translate(
-    model: Model, data: Dataset, folder: Path, given: Mapping[str, Sequence[Path]], count: int, seed: int
+    model: Model,
+    data: Dataset,
+    folder: Path,
+    given: Mapping[str, tuple[Tensor, list[str]]],
+    count: int,
+    seed: int,
+    about: str,
 ) -> dict[str, Any]:
-    """The matrix of class and content images; held-out ones stand in for what is not given."""
+    """The matrix of class and content images; held-out ones of `data`, which `about` tells of, stand in for what is not given."""
     groups = evaluate.translated_groups(model)
     sides: list[Batch] = []
     notes: list[str] = []
     held_out = evaluate.held_out_pairs(data, model, count, seed) if len(given) < 2 else ()
     for i, group in enumerate(groups):
         if group in given:
-            x, changed = own_pictures.own_images(given[group], model)
+            x, changed = given[group]
             notes += changed
             sides.append(Batch(x))
         else:
             sides.append(held_out[i])
-            notes.append(f"{group}: {len(sides[-1].x)} held-out images of the run's data")
+            notes.append(f"{group}: {len(sides[-1].x)} held-out images of {about}")
     made = evaluate.translation(model, *sides)
     arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0].x), -1))}
     return _write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)

@@ -238,6 +238,10 @@ def held_out_pairs(data: Dataset, model: Model, count: int, seed: int) -> tuple[
             order = torch.tensor(list(first.values()))
     chosen = order[: 2 * count]
     half = len(chosen) // 2
+    if not half:
+        raise UserError(
+            f"a translation is shown between two held-out images, and there is {len(chosen)}; hold out more (data.held_out)"
+        )
     x, labels = feed.images(rows, chosen, model.spec), labels_of(rows, chosen, model)
     return tuple(Batch(x[part], None if labels is None else labels[part]) for part in (slice(half), slice(half, None)))  # type: ignore[return-value]
 

@@ -18,11 +18,25 @@ Picture = NDArray[np.uint8]  # [H, W, 3]
 
 
 def to_uint8(x: Tensor, value_range: tuple[float, float]) -> NDArray[np.uint8]:
-    """[N, C, H, W] floats of the value range to [N, H, W, 3]; values outside are clipped, a grey channel is repeated."""
+    """[N, C, H, W] floats of the value range to [N, H, W, 3]; values outside are clipped, other channels as `shown_as` says."""
     low, high = value_range
     scaled = (x.detach().float().cpu() - low) * (255 / (high - low))
     channels_last = scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return np.ascontiguousarray(channels_last.expand(-1, -1, -1, 3).numpy() if x.shape[1] == 1 else channels_last.numpy())
+    if x.shape[1] == 1:
+        shown = channels_last.expand(-1, -1, -1, 3)
+    elif x.shape[1] == 2:
+        shown = torch.cat([channels_last, torch.zeros_like(channels_last[..., :1])], dim=3)
+    else:
+        shown = channels_last[..., :3]
+    return np.ascontiguousarray(shown.numpy())
+
+
+def shown_as(channels: int) -> str:
+    """What pictures show of images with so many channels, where that is not simply all; else ""."""
+    if channels in (1, 3):
+        return ""
+    how = "the first as red, the second as green" if channels == 2 else "the first three as red, green and blue"
+    return f"images of {channels} channels: pictures show {how}; arrays keep all"
 
 
 def grid(images: NDArray[np.uint8], columns: int, *, gap: int = 2, least_pixels: int = 64) -> Picture:
