@@ -249,10 +249,10 @@ class HDF5Images:
     def fingerprint(self) -> str:
         """The images' digest; where there are labels, factors or a split, theirs follows a +."""
         table = self._table
-        columns = [array for array in (table.labels, table.factors, table.split) if array is not None]
+        columns = {name: getattr(table, name) for name in ("labels", "factors", "split") if getattr(table, name) is not None}
         if not columns:
             return table.sha256
-        digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in columns))
+        digest = hashlib.sha256(b"".join(name.encode() + np.ascontiguousarray(rows).data for name, rows in columns.items()))
         return f"{table.sha256}+{digest.hexdigest()[:16]}"
 
 

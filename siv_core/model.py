@@ -151,6 +151,8 @@ class Model:
         inputs.count(seed, "seed", 0)
         wide = {group: Gaussian(mu.double(), logvar.double()) for group, (mu, logvar) in q.items()}  # exp(logvar) has room
         n = len(next(iter(q.values())).mu)
+        if labels is not None:
+            inputs.labels(labels, n, self.spec)
         with self._quiet() as nets:
             noise = self._sources().kl(n, Streams(seed, 0, self.device), "kl")
             return losses.kl(wide, nets.prior(frozen=True), noise, None if labels is None else labels.to(self.device))
@@ -165,6 +167,7 @@ class Model:
         inputs.count(draws, "draws", 1)
         inputs.count(seed, "seed", 0)
         inputs.images(x, self.spec, self._dtype)
+        inputs.labels(labels, len(x), self.spec)
         loss = self.reconstruction
         lacking = getattr(loss, "missing", lambda: None)() if loss else "this model has no reconstruction loss"
         if loss is None or lacking:
