@@ -147,7 +147,8 @@ class HDF5Images:
         if "lowest" not in found:
             return "it holds no numbers"
         if found["not_finite"]:
-            return f"{found['not_finite']} of its values are not finite"
+            many = f"{found['not_finite']} of its values are not finite"
+            return f"{many}: mend them where they were made, or write the file without"
         low, high = found["lowest"], found["highest"]
         such = f"data.value_range = [{low:g}, {high:g}]"
         return f"its values go from {low:g} to {high:g}; say which are black and white, such as {such}"

@@ -130,6 +130,8 @@ def count(value: Any, what: str, least: int) -> None:
 
 def _tensor(x: Any, what: str) -> None:
     if isinstance(x, Tensor):
+        if x.layout != torch.strided:
+            raise UserError(f"{what}: is {_type(x.layout)}, expected a dense tensor: give {what}.to_dense()")
         return
     kind = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}".removeprefix("builtins.")
     hint = f": give torch.from_numpy({what})" if kind == "numpy.ndarray" else ""
@@ -170,5 +172,5 @@ def _same_type(x: Tensor, dtype: torch.dtype | None, what: str) -> None:
         )
 
 
-def _type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _type(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

@@ -81,6 +81,13 @@ def test_a_table_stands_below_no_bar(screen):
     assert screen.live is None
 
 
+def test_a_narrow_table_does_not_break_its_title(screen):
+    screen.console = Console(file=StringIO(), width=30)
+    path = "/a path/of some length/with spaces in it/own.h5"
+    screen.table(path, ("", ""), [("a", "b")])
+    assert path in written(screen).splitlines()
+
+
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_command_ends_its_screen_whatever_happens(monkeypatch, failure):
     made = []

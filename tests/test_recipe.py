@@ -22,7 +22,7 @@ from siv_core.recipe import build
 from siv_core.recipe.convert import Length, describe, plain, structure
 from siv_core.recipe.options import Train
 from siv_core.recipe.overrides import lines_of, merge, overlay, paths, setting
-from siv_core.recipe.recipe import Recipe, dataset_choice, differences, load
+from siv_core.recipe.recipe import Recipe, dataset_choice, differences, load, with_each_profile
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
@@ -535,6 +535,11 @@ def test_a_table_without_a_name_is_told_what_there_is(problems, table, catalogue
         (b"format = 1\n[network\n", ":2: not TOML (Expected ']' at the end of a table declaration (at line 2, column 9))"),
         (b"a = 1\na = 2\n", ":2: not TOML (Cannot overwrite a value (at line 2, column 6))"),
         (b"\0\1\2", ":1: not TOML (Invalid statement (at line 1, column 1))"),
+        (
+            b'a = 1\npath = "C:\\Users\\me\\x.h5"\n',
+            ":2: not TOML (Invalid hex value (at line 2, column 13)); in double quotes a backslash begins an escape: put a path"
+            " with backslashes in single quotes, 'C:\\data\\x.h5'",
+        ),
         (b"a = 'x\0'", ":1: not TOML (Found invalid character '\\x00'"),
         (BASE.encode("utf-16"), ": not TOML (UTF-16); a recipe is TOML, text in UTF-8; save it as that"),
         (BASE.encode("utf-8-sig"), ": not TOML (it starts with a byte order mark); save it as UTF-8 without one"),
@@ -870,6 +875,40 @@ def test_a_problem_of_a_profile_or_of_set_is_told_there(read):
         "some.toml:22: data.held_out: expected a whole number, got 0.5",
         "--set network.hidden=3: network.hidden: expected a list, got 3",
     ]
+
+
+def test_what_is_not_in_use_is_read_too(catalogue, tmp_path):
+    """Each mistake once, with the profile that it takes; nothing of a recipe that is right with each."""
+    path = tmp_path / "some.toml"
+
+    def found(text: str, *more: Any) -> list[str]:
+        path.write_text(text)
+        return [line.replace(str(path), "some.toml") for line in with_each_profile(path, catalogue, *more)]
+
+    assert found(BASE) == found(BASE + "[profiles.cpu.train]\nbatch = 4\n[profiles.long]\n") == []
+    plain = "[profiles.plain_vae.objective]\nname = 'vae'\nbeta_ke = 3\n[profiles.cpu.data]\nname = 'rendered_cars'\nsize = 8\n"
+    lines = len(BASE.splitlines())
+    assert found(BASE + plain) == [
+        f"with profile 'plain_vae': some.toml:{lines + 3}: objective.beta_ke: unknown key; did you mean 'beta_kl'?"
+    ]
+    replaced = (BASE + plain.replace("beta_ke", "beta_kl")).replace('name = "digits"', 'name = "digits"\nheld_uot = 3')
+    path.write_text(replaced)
+    with pytest.raises(UserError, match="held_uot"):
+        load(path, catalogue)
+    assert load(path, catalogue, ("cpu",)).data.name == "rendered_cars"  # where it is not in use
+    [line] = found(replaced, ("cpu",)) or found(replaced)
+    assert line.endswith("data.held_uot: unknown key; did you mean 'held_out'?")
+    assert found(BASE + "[profiles]\nx = 3\n") == ["without a profile: some.toml:20: profiles.x: expected a table"]
+
+
+def test_siv_check_reads_each_profile(siv, tmp_path):
+    (tmp_path / "r.toml").write_text(BASE + "[profiles.long.train]\nlenght = '3 steps'\n")
+    done = siv("check", "r.toml")
+    assert done.returncode == 2
+    assert "error: with profile 'long': r.toml:" in done.stderr
+    assert "train.lenght: unknown key; did you mean 'length'?" in done.stderr
+    done = siv("run", "r.toml", "--dry-run")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_problem_of_what_every_stage_shares_is_told_once(read):
