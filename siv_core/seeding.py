@@ -85,6 +85,10 @@ class Seeded(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed, self.generators = seed, dict[torch.device, torch.Generator]()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled meanwhile, and to be told so torch would import its compiler for two seconds
+
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)

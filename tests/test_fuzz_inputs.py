@@ -20,7 +20,7 @@ from siv_plugins import hdf5 as plugin
 from test_foreign import attributes_of
 from test_inputs import CODES, CONDITIONAL, MODEL, X
 
-from siv_core.data import feed
+from siv_core.data import feed, foreign
 from siv_core.errors import UserError
 from siv_core.model import Model
 
@@ -70,6 +70,8 @@ def made_up(rng: np.random.Generator, path: Path) -> tuple[np.ndarray | None, di
         file["images"] = stored
         if "layout" not in options and rng.random() < 0.7:
             file["images"].attrs.update(attributes_of(order)[int(rng.integers(2))])
+        elif options.get("layout", foreign.order_of(stored.shape, None)) != order:
+            expected = None  # read otherwise than it was written
         for name in ("labels", "factors"):
             if rng.random() < 0.4:
                 rows = n if rng.random() < 0.8 else n + 1
@@ -84,8 +86,6 @@ def made_up(rng: np.random.Generator, path: Path) -> tuple[np.ndarray | None, di
     ):
         if rng.random() < 0.25:
             options[key] = value
-    if set(options.get("layout", order)) and options.get("layout", order) != order:
-        expected = None  # read otherwise than it was written
     return expected, options
 
 

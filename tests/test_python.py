@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -231,6 +233,13 @@ def test_a_seeded_block_draws_what_the_global_generator_would():
             found = everything_that_draws()
         assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_seeded_block_does_not_bring_the_compiler_in():
+    """Which takes two seconds to import, for every command that builds a model."""
+    code = "import sys, torch; from siv_core.seeding import Seeded\nwith Seeded(0): torch.nn.Linear(2, 3)\nprint('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_generator_that_is_given_is_used():
