@@ -237,7 +237,8 @@ def test_a_seeded_block_draws_what_the_global_generator_would():
 
 def test_a_seeded_block_does_not_bring_the_compiler_in():
     """Which takes two seconds to import, for every command that builds a model."""
-    code = "import sys, torch; from siv_core.seeding import Seeded\nwith Seeded(0): torch.nn.Linear(2, 3)\nprint('torch._dynamo' in sys.modules)"
+    code = "import sys, torch; from siv_core.seeding import Seeded\nwith Seeded(0): torch.nn.Linear(2, 3)\n"
+    code += "print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
