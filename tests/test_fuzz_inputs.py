@@ -24,7 +24,7 @@ from siv_core.data import feed, foreign
 from siv_core.errors import UserError
 from siv_core.model import Model
 
-ARRAYS = int(os.environ.get("SIV_CAMPAIGN_ARRAYS", "12"))
+ARRAYS = int(os.environ.get("SIV_CAMPAIGN_ARRAYS", "6"))
 CALLS = int(os.environ.get("SIV_CAMPAIGN_CALLS", "300"))
 SEED = int(os.environ.get("SIV_CAMPAIGN_SEED", "0"))
 TYPES = ("u1", "u2", ">u2", "i4", "i8", "f2", "f4", ">f8", "?")

@@ -716,7 +716,7 @@ def test_failed_and_diverged_trials_do_not_stop_the_others(tmp_path, tiny, siv):
     assert done.stderr == "error: of 4 trials 1 failed and 1 diverged\n"
     for words in ("finished VAE_", "finished soft_", "diverged wild_seed=0 (exit 3)", "failed orphan_seed=0 (exit 2)"):
         assert words in done.stdout
-    assert "init.run: nowhere: no run here" in done.stdout
+    assert f"init.run: {tmp_path / 'nowhere'}: no run here" in done.stdout
     root = tmp_path / "runs/some"
     states = {row["key"]["label"]: row["note"] for row in json.loads((root / "table.json").read_text())["rows"]}
     assert states == {"VAE": "", "soft": "", "wild": "diverged", "orphan": "missing"}
