@@ -12,6 +12,7 @@ from typing import Any
 
 import forked
 import pytest
+import readers
 import torch
 import toys
 
@@ -40,6 +41,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # theirs too, where `nohup` starte
 def one_thread() -> None:
     """Operations this small only wait for each other's threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_that_read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """They start as forks; `test_hdf5.py` has tests of the real ones."""
+    with readers.served(tmp_path_factory.mktemp("readers")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("siv_core.data.hdf5.subprocess", subprocess)  # brings it back at the end
+        readers.use()
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

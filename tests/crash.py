@@ -19,7 +19,7 @@ def preload() -> None:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
     try:
-        CONTEXT.set_forkserver_preload(["preloaded", "crash", "forked"])
+        CONTEXT.set_forkserver_preload(["preloaded", "crash", "forked", "readers"])
         forkserver.ensure_running()
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)

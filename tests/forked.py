@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import crash
+import readers
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "siv"
 Done = subprocess.CompletedProcess[str]
@@ -72,6 +73,8 @@ def _siv(folder: str, kept: str, environment: dict[str, str], arguments: list[st
     nowhere = os.open(os.devnull, os.O_RDONLY)
     streams = [os.open(os.path.join(kept, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for name in ("out", "err")]
     subprocess.Popen = _popen
+    if readers.PLACE in environment:
+        readers.use()
     _main((nowhere, *streams), environment, arguments)
 
 

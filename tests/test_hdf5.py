@@ -378,7 +378,13 @@ def test_a_loop_of_groups_is_told_of(tmp_path):
     assert "'g/g' leads back to a group that was listed already" in problem
 
 
-def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """Children are started, as they are outside the tests."""
+    monkeypatch.setattr(reader, "subprocess", subprocess)
+
+
+def test_a_child_that_crashes_or_hangs_is_a_sentence(tmp_path, monkeypatch, started):
     path = tmp_path / "own.h5"
     os.mkfifo(path)
     monkeypatch.setattr(reader, "PATIENCE", 2)
@@ -422,13 +428,24 @@ def test_a_child_that_computes_without_an_end_is_ended():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGPROF
 
 
-def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path):
+def test_the_child_loads_no_torch_and_can_write_no_file(tmp_path, started):
     code = "import sys, siv_core.data.hdf5_child; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     (tmp_path / "h5py.py").write_text("print('somebody else')")  # in the folder one works in
     (tmp_path / "own.h5").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read as an HDF5 file"):
         list(reader.ask(tmp_path / "own.h5", "look", images="images", labels="labels", factors="factors"))
+
+
+def test_a_started_child_and_a_fork_tell_the_same(hdf5, tmp_path, monkeypatch):
+    made = {}
+    for name in ("fork", "started"):
+        if name == "started":
+            monkeypatch.setattr(reader, "subprocess", subprocess)
+        monkeypatch.setenv("SIV_DATA", str(tmp_path / name))
+        data = prepared(hdf5({"images": IMAGES / np.float32(255), "labels": np.arange(300) % 3}))
+        made[name] = data.path.read_bytes(), datafile.check(tmp_path / "own.h5")
+    assert made["fork"] == made["started"]
 
 
 def test_truncated_at_any_byte(tmp_path):
