@@ -12,7 +12,7 @@ import torch
 from siv_core.data import feed
 from siv_core.runs import opened
 
-BATCH = int(os.environ.get("SIV_CAMPAIGN_BATCH", "8"))
+BATCH = int(os.environ.get("SIV_CAMPAIGN_BATCH", "4"))
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -45,7 +45,7 @@ def test_digits_recipe_reconstructs_and_samples_digits(digits):
 def test_the_full_translation_recipe_makes_a_step(tmp_path, siv):
     """Paper's sizes, VGG-16 loss; the VGG is randomly initialised and the run says so. Ends after the step in hand.
 
-    Every day 8 images in two parts make the step, in `just campaign` the recipe's own 64.
+    Every day 4 images in two parts make the step, in `just campaign` the recipe's own 64.
     """
     sets = [
         "reconstruction.weights=random",
