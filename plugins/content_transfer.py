@@ -2,6 +2,8 @@
 
 Target (class a, content w), class source (a, w' ≠ w), content source (a' ≠ a, w). a is one factor of the data, w all the others.
 The papers that print such numbers (LORD, Soft-IntroVAE §6.4) do not say how they drew pairs; this drawing is siv's own.
+
+Beside the model stand images that anybody could show, and what it shows itself where one of its codes is that of a stranger.
 """
 
 from __future__ import annotations
@@ -34,7 +36,20 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (image, truth), both [N, C, H, 
 Ints = NDArray[np.int64]
 
 WHAT = "content transfer"
-BASELINES = ("copy_class", "copy_content", "mean_image")
+BASELINES = {  # shown in place of the decoder's image
+    "copy_class": "the class source",
+    "copy_content": "the content source",
+    "mean_image": "the mean of the training images",
+}
+LABELLED = {  # the same, from factors of the data, which the model is not told
+    "view_mean": "the mean of the training images with the target's content",
+    "class_mean": "the mean of the held-out images of the target's class, itself left out",
+    "nearest_train": "of the training class nearest to the class source at its content, the image with the target's content",
+}
+STRANGERS = {  # the decoder's image of one code of the pair and that of a stranger; where a code is not used nothing changes
+    "random_class": "the content source's content code with the class code of any image of another class",
+    "random_content": "the class source's class code with the content code of any image of another content",
+}
 LEAST_MSE = 1e-10  # keeps the PSNR of equal images finite, at 100 dB
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K = 11, 1.5, (0.01, 0.03)
 LPIPS_PIXELS = 1 << 16  # of the images compared at once: VGG's feature maps take about 2 kB a pixel
@@ -149,6 +164,71 @@ def lpips_distance(backbone: str, device: torch.device) -> tuple[Distance, dict[
     return distance, {**about, "trunk_sha256": trunk_sha256, "heads_sha256": heads_sha256}
 
 
+@frozen(eq=False)
+class Views:
+    """The images of both splits, and what they are on average; all in [0, 1], on the model's device."""
+
+    stored: Callable[[Tensor], Tensor]  # positions of held-out images -> [n, C, H, W]
+    trained: Callable[[Tensor], Tensor]  # positions of training images -> [n, C, H, W]
+    mean: Tensor  # [C, H, W], of the training images
+    by_content: Tensor  # [contents, C, H, W]: their means
+    by_class: dict[int, tuple[Tensor, int]]  # of the held-out images: sum [C, H, W] and how many
+    classes: Tensor  # [T], of the held-out images
+    contents: Tensor  # [T]
+    cells: Tensor  # [training classes, contents]: position of a training image of each, -1 where there is none
+    nearest: Tensor  # [T]: the training class that is nearest to each held-out image, at its content
+    lacking: dict[str, str]  # baseline -> why it cannot be shown
+
+    @classmethod
+    def of(cls, metric: ContentTransfer, rows: Rows, train: Rows, device: torch.device, progress: Progress) -> Views:
+        def images(split: Rows) -> Callable[[Tensor], Tensor]:
+            return lambda at: metric._unit(feed.images(split, at, metric.spec, device))
+
+        classes, contents = map(torch.from_numpy, metric._cells(rows))
+        own_classes, own_contents = map(torch.from_numpy, metric._cells(train))
+        own_classes = own_classes.unique(return_inverse=True)[1]
+        count = int(max(contents.max(), own_contents.max())) + 1
+        sums = torch.zeros(count, *metric.spec.shape, dtype=torch.float64)
+        for at in torch.arange(len(train)).split(metric.config.batch):
+            progress(f"{WHAT}: mean images", int(at[0]), len(train))
+            sums.index_add_(0, own_contents[at], images(train)(at).double().cpu())
+        cells = torch.full((int(own_classes.max()) + 1, count), -1)
+        cells[own_classes, own_contents] = torch.arange(len(train))
+        per_content = own_contents.bincount(minlength=count)
+        by_class: dict[int, tuple[Tensor, int]] = {}
+        for value, positions in positions_by(classes.numpy()).items():
+            by_class[value] = images(rows)(torch.from_numpy(positions)).double().sum(dim=0), len(positions)
+        shown = contents.unique()
+        lacking = {}
+        if not per_content[shown].min():
+            lacking["view_mean"] = "the training images have not every content of the held-out ones"
+        if (cells[:, shown] < 0).any():
+            lacking["nearest_train"] = "the training images have not every class with every content"
+        made = cls(
+            images(rows), images(train), (sums.sum(dim=0) / len(train)).float().to(device),
+            (sums / per_content.clamp_min(1)[:, None, None, None]).float().to(device), by_class, classes, contents, cells,
+            torch.zeros(len(rows), dtype=torch.int64), lacking,
+        )  # fmt: skip
+        if "nearest_train" not in lacking:
+            for value, positions in positions_by(contents.numpy()).items():
+                at = torch.from_numpy(positions)
+                among, these = (part.flatten(1) for part in (made.trained(cells[:, value]), made.stored(at)))
+                made.nearest[at] = torch.cdist(these, among).argmin(dim=1).cpu()
+        return made
+
+    def view_mean(self, at: Tensor) -> Tensor:
+        return self.by_content[self.contents[at].to(self.by_content.device)]
+
+    def class_mean(self, at: Tensor, own: Tensor) -> Tensor:
+        """The mean of the other held-out images of each one's class; itself where there is no other."""
+        sums, counts = zip(*(self.by_class[int(value)] for value in self.classes[at]), strict=True)
+        others = torch.tensor(counts, device=own.device)[:, None, None, None] - 1
+        return torch.where(others > 0, (torch.stack(sums) - own.double()) / others.clamp_min(1), own.double()).float()
+
+    def nearest_train(self, class_source: Tensor, target: Tensor) -> Tensor:
+        return self.trained(self.cells[self.nearest[class_source], self.contents[target]])
+
+
 @frozen
 class ContentTransfer:
     spec: Spec
@@ -167,47 +247,70 @@ class ContentTransfer:
     @torch.no_grad()
     def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
         rows, train = data.rows("held_out"), data.rows("train")
-        sources = self._sources(rows)
+        classes, contents = self._cells(rows)
+        sources, strangers = self._sources(rows, classes, contents), self._strangers(classes, contents)
         distances, skipped, identity = self._distances(model.device)
         codes = self._encode(model, rows, progress)
-        mean = self._mean(train, progress).to(model.device)
+        views = Views.of(self, rows, train, model.device, progress)
+        skipped |= {f"{name}.{what}": why for what, why in views.lacking.items() for name in distances}
         targets = torch.arange(len(rows)).repeat_interleave(self.config.pairs)
         sums: dict[str, float] = defaultdict(float)  # plain numbers: small tensors kept between the batches' large ones cost GBs
-
-        def stored(positions: Tensor) -> Tensor:
-            return self._unit(feed.images(rows, positions, self.spec, model.device))
 
         def compare(variant: str, image: Tensor, truth: Tensor, done: int) -> None:
             for name, distance in distances.items():
                 progress(WHAT, done, len(targets) + len(rows))
-                sums[name + variant] += float(distance(image, truth).double().sum())
+                sums[f"{name}.{variant}" if variant else name] += float(distance(image, truth).double().sum())
 
         for at in torch.arange(len(targets)).split(self.config.batch):
-            done, truth = int(at[0]), stored(targets[at])
-            chosen = zip(self.translate, sources[:, at].to(model.device), strict=True)
-            mixed = {group: codes[group][source] for group, source in chosen}
+            done, truth = int(at[0]), views.stored(targets[at])
+            class_source, content_source = sources[:, at]
             seed = stream_seed(self.config.seed, "content_transfer", done)  # for a decoder with noise of its own
-            labels = labels_of(rows, sources[0, at], model)  # of a conditional model: those of the class source
-            compare("", self._unit(model.decode(mixed, labels, seed)), truth, done)
-            compare(".copy_class", stored(sources[0, at]), truth, done)
-            compare(".copy_content", stored(sources[1, at]), truth, done)
+            labels = labels_of(rows, class_source, model)  # of a conditional model: those of the class source
+            pairs = {"": (class_source, content_source)}
+            pairs |= {"random_class": (strangers[0, at], content_source), "random_content": (class_source, strangers[1, at])}
+            for variant, chosen in pairs.items():
+                mixed = {group: codes[group][one.to(model.device)] for group, one in zip(self.translate, chosen, strict=True)}
+                compare(variant, self._unit(model.decode(mixed, labels, seed)), truth, done)
+            compare("copy_class", views.stored(class_source), truth, done)
+            compare("copy_content", views.stored(content_source), truth, done)
+            if "nearest_train" not in views.lacking:
+                compare("nearest_train", views.nearest_train(class_source, targets[at]), truth, done)
         for at in torch.arange(len(rows)).split(self.config.batch):
-            truth = stored(at)
-            compare(".mean_image", mean.expand_as(truth), truth, len(targets) + int(at[0]))
-        means = {name: total / len(rows if "mean_image" in name else targets) for name, total in sums.items()}
+            truth, done = views.stored(at), len(targets) + int(at[0])
+            compare("mean_image", views.mean.expand_as(truth), truth, done)
+            compare("class_mean", views.class_mean(at, truth), truth, done)
+            if "view_mean" not in views.lacking:
+                compare("view_mean", views.view_mean(at), truth, done)
+        each = {"mean_image", "class_mean", "view_mean"}  # of an image, not of a pair
+        means = {name: total / len(rows if name.partition(".")[2] in each else targets) for name, total in sums.items()}
         return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train), identity))
 
-    def _sources(self, rows: Rows) -> Tensor:
-        """Positions [2, T·pairs] of class and content sources."""
+    def _cells(self, rows: Rows) -> tuple[Ints, Ints]:
+        """The class and the content of each image."""
         if rows.factors is None or not len(rows):
             raise UserError(f"{WHAT}: the held-out split is empty or without factors")
         factors = rows.factors[rows.at(torch.arange(len(rows)))].numpy()
-        names = [", ".join(f"{name} {value}" for name, value in zip(self.spec.factors, row, strict=True)) for row in factors]
         column = list(self.spec.factors).index(self.config.class_factor)
         sizes = [size for name, size in self.spec.factors.items() if name != self.config.class_factor]
-        contents = np.ravel_multi_index(tuple(np.delete(factors, column, axis=1).T), sizes)
-        sources = draw_sources(factors[:, column], contents, self.config.pairs, self.config.seed, names)
+        return factors[:, column], np.ravel_multi_index(tuple(np.delete(factors, column, axis=1).T), sizes)
+
+    def _sources(self, rows: Rows, classes: Ints, contents: Ints) -> Tensor:
+        """Positions [2, T·pairs] of class and content sources."""
+        assert rows.factors is not None
+        factors = rows.factors[rows.at(torch.arange(len(rows)))].tolist()
+        names = [", ".join(f"{name} {value}" for name, value in zip(self.spec.factors, row, strict=True)) for row in factors]
+        sources = draw_sources(classes, contents, self.config.pairs, self.config.seed, names)
         return torch.from_numpy(sources.reshape(2, -1))
+
+    def _strangers(self, classes: Ints, contents: Ints) -> Tensor:
+        """Positions [2, T·pairs] of any image of another class, and of another content; each uniform, with replacement."""
+        uniform = np.random.Generator(np.random.PCG64([self.config.seed, 1])).random((2, len(classes), self.config.pairs))
+        chosen = np.empty((2, len(classes), self.config.pairs), dtype=np.int64)
+        for side, values in enumerate((classes, contents)):
+            for value, own in positions_by(values).items():
+                others = np.flatnonzero(values != value)
+                chosen[side, own] = others[(uniform[side, own] * len(others)).astype(np.int64)]
+        return torch.from_numpy(chosen.reshape(2, -1))
 
     def _distances(self, device: torch.device) -> tuple[dict[str, Distance], dict[str, str], dict[str, Any]]:
         """What can be computed, why the rest cannot, and which LPIPS it is."""
@@ -237,13 +340,6 @@ class ContentTransfer:
                 kept[at] = q[group].mu
         return codes
 
-    def _mean(self, train: Rows, progress: Progress) -> Tensor:
-        total = torch.zeros(self.spec.shape, dtype=torch.float64)
-        for number, x in enumerate(feed.batches(train, self.spec, self.config.batch)):
-            progress(f"{WHAT}: mean image", number * self.config.batch, len(train))
-            total += x.double().sum(dim=0)
-        return self._unit((total / len(train)).float())
-
     def _unit(self, x: Tensor) -> Tensor:
         low, high = self.spec.value_range
         return ((x - low) / (high - low)).clamp(0, 1)
@@ -263,13 +359,20 @@ class ContentTransfer:
             "ssim": {"window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k": list(SSIM_K), "data_range": 1, "padding": "valid"},
             "lpips": identity,
             "mean_image": {"split": "train", "images": train},
+            "baselines": BASELINES,
+            "baselines that use labels": LABELLED,
+            "codes of strangers": STRANGERS,
+            "strangers": "numpy PCG64 of [seed, 1]; uniform among the images of the split that differ, with replacement",
         }
 
 
 def _values(means: dict[str, float]) -> dict[str, float | str]:
-    """With mse.ratio, mse over that of the best baseline: below 1 the model does better than copying."""
+    """With mse.ratio, mse over that of the best baseline that needs no labels: below 1 the model does better than copying; and
+    mse over that of the content's mean image, which is told the content and knows no class: below 1 the class code is of use."""
     best = min(means[f"mse.{baseline}"] for baseline in BASELINES)
     ratio = {"mse.ratio": means["mse"] / best if best > 0 else "a baseline is already perfect"}
+    if means.get("mse.view_mean"):
+        ratio["mse.over_view_mean"] = means["mse"] / means["mse.view_mean"]
     broken = "the decoder's images are not finite"
     return {name: broken if value != value else value for name, value in {**means, **ratio}.items()}
 
@@ -287,5 +390,5 @@ def build(config: ContentTransferConfig, spec: Spec, groups: dict[str, int], tra
 
 @hookimpl
 def siv_components() -> list[Component]:
-    summary = "exchange codes between held-out images, compare with the true ones: MSE, PSNR, SSIM, LPIPS, beside three baselines"
+    summary = "exchange codes between held-out images: MSE, PSNR, SSIM, LPIPS to the true ones, beside what anybody could show"
     return [Component("metric", "content_transfer", ContentTransferConfig, build, summary, "arXiv:2012.13253")]

@@ -158,6 +158,62 @@ def test_baselines_against_a_plain_loop() -> None:
     assert found["mse.mean_image"] == pytest.approx((x - train.mean(dim=0)).square().mean().item(), rel=1e-5)
 
 
+def test_what_labels_and_strangers_give_against_a_plain_loop() -> None:
+    data = Grid()
+    held_out, train = data.rows("held_out"), data.rows("train")
+    factors, known = data.factors[held_out.index].tolist(), data.factors[train.index].tolist()
+    x, own = data.x[held_out.index].double(), data.x[train.index].double()
+    found = values_of(data, perfect(data), pairs=300, batch=2048)
+
+    def error(image: Tensor, target: Tensor) -> float:
+        return (image - target).square().mean().item()
+
+    def of(view: list[int]) -> Tensor:
+        return torch.stack([image for image, b in zip(own, known, strict=True) if b[1:] == view])
+
+    view_mean = [error(of(a[1:]).mean(dim=0), target) for a, target in zip(factors, x, strict=True)]
+    assert found["mse.view_mean"] == pytest.approx(np.mean(view_mean), rel=1e-4)
+    assert found["mse.over_view_mean"] == 0
+    class_mean, nearest = [], []
+    for i, (a, target) in enumerate(zip(factors, x, strict=True)):
+        others = [j for j, b in enumerate(factors) if b[0] == a[0] and j != i]
+        class_mean.append(error(x[others].mean(dim=0), target))
+        for j in others:
+            at_source = [b[0] for b in known if b[1:] == factors[j][1:]]
+            chosen = at_source[int((of(factors[j][1:]) - x[j]).square().flatten(1).sum(dim=1).argmin())]
+            [shown] = [image for image, b in zip(own, known, strict=True) if b == [chosen, *a[1:]]]
+            nearest.append(error(shown, target))
+    assert found["mse.class_mean"] == pytest.approx(np.mean(class_mean), rel=1e-4)
+    assert found["mse.nearest_train"] == pytest.approx(np.mean(nearest), rel=0.02)
+    # a perfect translator shows the stranger that it is given
+    assert found["mse.random_class"] == pytest.approx(found["mse.copy_content"], rel=0.03)
+    assert found["mse.random_content"] == pytest.approx(found["mse.copy_class"], rel=0.03)
+
+
+@pytest.mark.parametrize("group", NAMES)
+def test_a_code_that_is_not_used_changes_nothing(group: str) -> None:
+    data = Grid()
+    found = values_of(data, model_of(data, Pixels(), Copy(group, data.spec)), pairs=40)
+    unused = "random_content" if group == "class" else "random_class"
+    other = "random_class" if group == "class" else "random_content"
+    assert found[f"mse.{unused}"] == pytest.approx(found["mse"], rel=1e-6)
+    assert found[f"mse.{other}"] != pytest.approx(found["mse"], rel=1e-3)
+
+
+def test_what_the_training_images_cannot_show_is_told() -> None:
+    data = Grid()
+    full = data.rows
+
+    def rows(split: str) -> Rows:
+        found = full(split)
+        return evolve(found, index=found.index[1:]) if split == "train" else found
+
+    data.rows = rows  # type: ignore[method-assign]
+    found = values_of(data, perfect(data))
+    assert found["mse.nearest_train"] == "the training images have not every class with every content"
+    assert isinstance(found["mse.view_mean"], float)
+
+
 def test_psnr_is_the_mean_of_each_images_own() -> None:
     data = Grid()
     data.unit *= 0.5
@@ -211,7 +267,7 @@ def test_progress_and_stopping() -> None:
 
     with pytest.raises(Stopped):
         build(data.spec, batch=8).measure(perfect(data), data, stop)
-    assert {what for what, _, _ in told} == {"content transfer", "content transfer: encoding", "content transfer: mean image"}
+    assert {what for what, _, _ in told} == {"content transfer", "content transfer: encoding", "content transfer: mean images"}
     assert told[-1] == (plugin.WHAT, 32, 24 * 3 + 24)
 
 
