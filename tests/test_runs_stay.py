@@ -151,6 +151,31 @@ def test_an_option_that_an_upgrade_took_away_is_told_with_who_made_the_run(run):
     assert "the run was made with plugin 'adain' of siv " in refused.value.problems[-1]
 
 
+def every_damage(tree, path=()):
+    """Each value of a tree in turn taken away, or put in the place of another kind."""
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*path, key), None
+        yield (*path, key), 7
+        yield (*path, key), ["x"]
+        yield from every_damage(tree[key], (*path, key))
+
+
+def test_a_damaged_resolved_recipe_is_told(run):
+    whole = json.loads((run / "resolved.json").read_text())
+    whole.pop("train")  # its many numbers are like those of the others
+    for path, value in list(every_damage(whole))[::5]:
+        at = damaged = json.loads(json.dumps(whole))
+        for key in path[:-1]:
+            at = at[key]
+        if value is None:
+            del at[path[-1]]
+        else:
+            at[path[-1]] = value
+        (run / "resolved.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError):
+            siv_core.load(run, device="cpu")
+
+
 def test_the_data_of_today_do_not_shape_a_model(trained, run, tmp_path):
     """Images of another size at the place of the run's: only what needs data is refused."""
     resolved = json.loads((run / "resolved.json").read_text())

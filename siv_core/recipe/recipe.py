@@ -127,7 +127,10 @@ class Recipe:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys in which two resolved recipes differ, leaving out what may change between a run and its continuation:
     lengths, cadences, residency and metrics, and where things lie (what lies there is told by its fingerprint)."""
-    places = {*old.get("places", ()), *new.get("places", ()), "places"}
+    places = {"places"}
+    for tree in (old, new):
+        noted = tree.get("places") if isinstance(tree, dict) else None  # one of them may be what is left of a damaged file
+        places |= {key for key in noted if isinstance(key, str)} if isinstance(noted, list) else set()
 
     def differing(old: Any, new: Any, where: str) -> list[str]:
         if FREE.fullmatch(where) or where in places:

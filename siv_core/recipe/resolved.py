@@ -21,8 +21,12 @@ def load(
 
     A `UserError` tells what the plugins that are installed no longer take, and which ones the run was made with.
     """
-    _only_places_and_metrics(sets, resolved)
-    tree = tree_of(resolved, earlier=manifest["format"] == 1)
+    try:
+        _only_places_and_metrics(sets, resolved)
+        tree = tree_of(resolved, earlier=manifest["format"] == 1)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"damaged, it is not what siv writes ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason}; bring it back from a copy, every checkpoint's state.json has one") from error
     try:
         recipe = parse(tree, path, b"", catalogue, ("none",), tuple(sets), cpu_only=False)
     except UserError as error:
