@@ -151,6 +151,24 @@ def test_an_option_that_an_upgrade_took_away_is_told_with_who_made_the_run(run):
     assert "the run was made with plugin 'adain' of siv " in refused.value.problems[-1]
 
 
+def test_a_run_of_siv_0_1_is_built_from_what_it_resolved_to(run):
+    """Its samples of the prior were called "fake", and some options of today were not there; a resume is refused elsewhere."""
+    before = siv_core.load(run, device="cpu")
+    resolved, manifest = (json.loads((run / f"{name}.json").read_text()) for name in ("resolved", "manifest"))
+    del resolved["places"], resolved["stages"][0]["fade_shape"], resolved["train"]["horizontal_flips"]
+    resolved["stages"][0]["objective"]["fakes"] = ["rec", "fake"]
+    del manifest["spec"]["fit"], manifest["data"]["notes"]
+    (run / "resolved.json").write_text(json.dumps(resolved))
+    (run / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    for path in (run / "checkpoints").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        del state["resolved"]
+        path.write_text(json.dumps(state))
+    one = opened.open_run(run, "last", "auto", "cpu", [f"data.path={resolved['data']['path']}"])
+    assert one.built.recipe.stages[0].objective.config.fakes == ("rec", "prior")
+    assert torch.equal(one.model.sample(3), before.sample(3))
+
+
 def every_damage(tree, path=()):
     """Each value of a tree in turn taken away, or put in the place of another kind."""
     for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
