@@ -86,7 +86,6 @@ class HDF5Images:
         shape = (sizes["N"], sizes.get("C", 1), sizes["H"], sizes["W"])
         row = int(np.prod(shape[1:])) * looked.facts["itemsize"]
         block = max(1, min(MOST_IN_BLOCK, BLOCK_BYTES // row))
-        cache.note(self.path, self.source)
         try:
             datafile.write(
                 self.path,
@@ -150,12 +149,15 @@ class HDF5Images:
             many = f"{found['not_finite']} of its values are not finite"
             return f"{many}: mend them where they were made, or write the file without"
         low, high = found["lowest"], found["highest"]
-        such = f"data.value_range = [{low:g}, {high:g}]"
+        if low == high:
+            return f"all its values are {low:g}; say with data.value_range which are black and white"
+        such = f"data.value_range = [{low!r}, {high!r}]"  # every digit: rounded, it would not hold them
         return f"its values go from {low:g} to {high:g}; say which are black and white, such as {such}"
 
     def _blocks(
         self, looked: datafile.Looked, order: str, value_range: tuple[float, float], block: int, numbers: list[int]
     ) -> Iterator[datafile.Block]:
+        cache.note(self.path, self.source)
         about = {"like": [looked.facts["shape"], looked.facts["dtype"]], "axis": order.index("N")}
         for answer, rows in hdf5.ask(self.source, "blocks", images=self.config.images, **about, block=block, numbers=numbers):
             assert rows is not None
@@ -248,12 +250,20 @@ class HDF5Images:
         return inside
 
     def fingerprint(self) -> str:
-        """The images' digest; where there are labels, factors or a split, theirs follows a +."""
+        """The images' digest; that of labels, factors, split and a value range of its own follows a +."""
         table = self._table
-        columns = {name: getattr(table, name) for name in ("labels", "factors", "split") if getattr(table, name) is not None}
+        columns: dict[str, Any] = {
+            name: np.ascontiguousarray(rows).tobytes()
+            for name in ("labels", "factors", "split")
+            if (rows := getattr(table, name)) is not None
+        }
+        if table.factor_sizes:
+            columns["sizes"] = repr(table.factor_sizes).encode()
+        if table.value_range != (0.0, 1.0):
+            columns["value_range"] = repr(table.value_range).encode()
         if not columns:
             return table.sha256
-        digest = hashlib.sha256(b"".join(name.encode() + np.ascontiguousarray(rows).data for name, rows in columns.items()))
+        digest = hashlib.sha256(b"".join(name.encode() + data for name, data in columns.items()))
         return f"{table.sha256}+{digest.hexdigest()[:16]}"
 
 

@@ -195,7 +195,7 @@ class LatentProbes:
         own = self.config.class_factor
         if name != own:
             return factors.get(own)
-        others = [values for other, values in factors.items() if other not in (own, POSE)]
+        others = [values for other, values in factors.items() if other != own and (other != POSE or POSE in self.spec.factors)]
         return torch.stack(others).unique(dim=1, return_inverse=True)[1] if others else None
 
     def _factors(self, rows: Rows, at: Tensor) -> dict[str, Tensor]:

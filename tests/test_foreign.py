@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 from pathlib import Path
 
 import h5py
@@ -196,10 +197,26 @@ def test_what_has_no_agreed_range_is_refused_with_the_range_it_has(tmp_path, nam
     [told] = refused.value.problems
     low, high = array.min().item(), array.max().item()
     assert f"its values go from {low:g} to {high:g}" in told
-    assert f"data.value_range = [{low:g}, {high:g}]" in told
+    assert f"data.value_range = [{low!r}, {high!r}]" in told
     assert not list((tmp_path / "data").rglob("*.h5*"))
     low, high = json.loads(told.partition("data.value_range = ")[2])
-    assert converted(path, value_range=(min(low, float(array.min())), max(high, float(array.max()))))[0].max() == 255
+    assert converted(path, value_range=(float(low), float(high)))[0].max() == 255
+
+
+def test_the_range_that_is_told_takes_the_file(tmp_path):
+    array = UNIT.astype(np.float32)
+    array.flat[:2] = 1.0000001, -0.00012345678
+    path = write(tmp_path / "a.h5", array)
+    with pytest.raises(UserError) as refused:
+        converted(path)
+    low, high = json.loads(str(refused.value).partition("data.value_range = ")[2])
+    assert converted(path, value_range=(low, high))[0].max() == 255
+
+
+def test_no_and_yes_of_matlab_are_black_and_white(tmp_path):
+    path = write(tmp_path / "a.h5", (IMAGES > 127).astype(np.uint8), MATLAB_class=np.bytes_("logical"))
+    images, _ = converted(path, layout="NCHW")
+    assert (images == np.where(IMAGES > 127, 255, 0)).all()
 
 
 @pytest.mark.parametrize("value_range", [(1.0,), (1.0, 1.0), (2.0, 1.0), (0.0, 1.0, 2.0)])
@@ -385,3 +402,72 @@ def test_clean_leaves_what_a_process_is_at_work_on(tmp_path):
     with files.alone(made, lambda: None):
         assert list(cache.leftovers(tmp_path / "data")) == []
     assert [one.paths[0] for one in cache.leftovers(tmp_path / "data")] == [made]
+
+
+def test_nothing_of_somebody_else_is_taken_away(tmp_path):
+    """Whatever lies in the folder of conversions, and whatever a source is called."""
+    folder = tmp_path / "data/hdf5"
+    folder.mkdir(parents=True)
+    own = {
+        "data.h5": b"precious",
+        "mine-0123456789abcdef.h5": b"named as conversions were",
+        "mine-01234567-89abcdef-01234567.h5": b"named as they are",
+        "download.partial": b"of a browser",
+        "x.h5.partial": b"without a journal",
+        f"{files.TEMPORARY}1-x-01234567-89abcdef-01234567.h5": b"being written",
+    }
+    for name, data in own.items():
+        (folder / name).write_bytes(data)
+    write(folder / "real.h5", IMAGES)
+    write(folder / "real-0123456789abcdef.h5", IMAGES)
+    kept_names = kept(tmp_path)
+    for moment in (1, 2):  # the second supersedes the first
+        for name in ("data.h5.old.h5", "x.h5.bak.hdf5"):
+            converted(touched(write(tmp_path / name, IMAGES if moment == 1 else 255 - IMAGES), moment))
+    assert len(kept(tmp_path)) == len(kept_names) + 4
+    assert list(cache.leftovers(tmp_path / "data")) == []
+    assert {name: (folder / name).read_bytes() for name in own} == own
+    assert set(kept_names) <= set(kept(tmp_path))
+
+
+def test_a_link_and_what_it_leads_to_leave_each_other_alone(tmp_path):
+    path = write(tmp_path / "real.h5", IMAGES)
+    (tmp_path / "link.h5").symlink_to(path)
+    first, second = (converted(tmp_path / name)[1] for name in ("real.h5", "link.h5"))
+    assert first.path.exists()
+    assert second.path.exists()
+    assert first.removed == second.removed == []
+    assert first.fingerprint() == second.fingerprint()
+
+
+def test_threads_that_convert_the_same_file_all_come_to_it(tmp_path):
+    path, failed = write(tmp_path / "a.h5", IMAGES), []
+
+    def work() -> None:
+        try:
+            plugin.build(plugin.HDF5Config(path=str(path))).prepare(quiet)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert (converted(path)[0] == IMAGES).all()
+
+
+def test_the_fingerprint_changes_with_the_value_range_and_the_factors(tmp_path):
+    digests = []
+    for sizes, value_range in (({"a": 3}, None), ({"b": 3}, None), ({"a": 4}, None), ({"a": 3}, [-1.0, 1.0])):
+        path = tmp_path / f"{len(digests)}.h5"
+        datafile.write(
+            path, shape=IMAGES.shape, block=7, produce=lambda numbers: iter([(0, IMAGES)]), progress=quiet, source="x",
+            factors=np.arange(7)[:, None] % 3, factor_sizes=sizes,
+        )  # fmt: skip
+        if value_range:
+            with h5py.File(path, "r+") as file:
+                file.attrs["value_range"] = value_range
+        digests.append(converted(path)[1].fingerprint())
+    assert len(set(digests)) == 4

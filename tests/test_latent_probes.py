@@ -291,3 +291,14 @@ def test_what_it_refuses() -> None:
     without.factors = None
     with pytest.raises(UserError, match="no factors"):
         measure(without)
+
+
+def test_a_factor_of_the_datas_own_may_be_called_pose() -> None:
+    cells = torch.cartesian_prod(torch.arange(4), torch.arange(6))
+    found = {}
+    for name in ("pose", "view"):
+        names = {"model": 4, name: 6}
+        codes = torch.cat([nn.functional.one_hot(cells[:, 0], 4), nn.functional.one_hot(cells[:, 1], 6)], dim=1)
+        values = measure(Table({"z": codes}, cells, names), k=3).values
+        found[name] = values["knn.z.model"], values[f"knn.z.{name}"]
+    assert found["pose"] == found["view"] == (1, 1)

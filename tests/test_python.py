@@ -66,6 +66,22 @@ def test_ctrl_c_saves_and_is_noted_as_stopped(tmp_path):
         assert made.read_bytes() == expected.read_bytes(), name
 
 
+def test_who_watched_an_interrupted_run_can_watch_another(tmp_path):
+    (tmp_path / "r.toml").write_text(LONG)
+    watcher = Interrupting(5)
+    with pytest.raises(KeyboardInterrupt):
+        siv_core.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu", watcher=watcher)
+    done = siv_core.resume(tmp_path / "run", device="cpu", watcher=watcher, sets=['train.length="9 steps"'])
+    assert done.state == "finished"
+
+
+def test_ctrl_c_in_the_last_step_is_heard_too(tmp_path):
+    (tmp_path / "r.toml").write_text(TINY)
+    with pytest.raises(KeyboardInterrupt):
+        siv_core.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu", watcher=Interrupting(12))
+    assert state(tmp_path / "run")["step"] == 12
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     (tmp_path / "r.toml").write_text(LONG)
     with pytest.raises(KeyboardInterrupt):

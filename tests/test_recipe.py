@@ -909,6 +909,9 @@ def test_siv_check_reads_each_profile(siv, tmp_path):
     assert "train.lenght: unknown key; did you mean 'length'?" in done.stderr
     done = siv("run", "r.toml", "--dry-run")
     assert done.returncode == 0, done.stderr
+    (tmp_path / "r.toml").write_text(BASE + "[profiles.cars.data]\nname = 'rendered_cars'\nsize = 8\n")
+    done = siv("check", "r.toml", "--set", "data.held_out=300")  # of the data in use alone
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_problem_of_what_every_stage_shares_is_told_once(read):

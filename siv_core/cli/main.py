@@ -196,7 +196,7 @@ def check(
 
     catalogue = catalogues.load()
     loaded = recipes.load(recipe, catalogue, profiles, sets, cpu_only=not devices.nvidia_present())
-    elsewhere = recipes.with_each_profile(recipe, catalogue, profiles, sets)
+    elsewhere = recipes.with_each_profile(recipe, catalogue, profiles)
     if elsewhere:
         raise UserError(elsewhere)
     measured = checks.measure(loaded, catalogue, devices.pick_device(device or "auto"), watcher.progress) if measure else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from siv_core.errors import UserError, one_line
 from siv_core.store import files
 
 FOLDER = "hdf5"
+NAME = re.compile(r"(?P<source>.*-[0-9a-f]{8})-(?P<state>[0-9a-f]{8})-[0-9a-f]{8}\.h5", re.DOTALL)
+EARLIER = re.compile(r".*-[0-9a-f]{16}\.h5", re.DOTALL)  # siv 0.1's
 
 
 @frozen
@@ -43,17 +47,14 @@ class Leftover:
 def conversion(source: Path, how: str) -> Path:
     """Where the conversion of this file, as it is now, is kept."""
     state = hashlib.sha256(repr(datafile.state(source)).encode()).hexdigest()[:8]
-    return files.data_root() / FOLDER / f"{source.stem[:60]}-{_place(source)}-{state}-{how}.h5"
-
-
-def _place(source: Path) -> str:
-    return hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+    place = hashlib.sha256(os.path.abspath(source).encode(errors="surrogateescape")).hexdigest()[:8]
+    return files.data_root() / FOLDER / f"{source.stem[:60]}-{place}-{state}-{how}.h5"
 
 
 def note(path: Path, source: Path) -> None:
-    """Say what the conversion `path` is made from."""
+    """Say what the conversion `path` is made from; by who makes it, while it keeps others away."""
     files.make_folder(path.parent)
-    files.write_json(_beside(path), {"source": str(source.resolve()), "state": list(datafile.state(source))})
+    files.write_json(_beside(path), {"source": os.path.abspath(source), "state": list(datafile.state(source))})
 
 
 def _beside(path: Path) -> Path:
@@ -72,16 +73,21 @@ def discard(path: Path) -> None:
 
 
 def remove_superseded(path: Path) -> list[str]:
-    """Take away conversions of what the source of `path` was before; a sentence for each."""
-    stem, place, state, _ = path.stem.rsplit("-", 3)
-    others = {_conversion_of(one) for one in path.parent.glob(f"*-{place}-*.h5*")}
-    old = [one for one in sorted(others) if one.stem.rsplit("-", 3)[:-1] not in ([stem, place, state],) and not _busy(one)]
-    return [Leftover(_all_of(one), "of an earlier state of the same file").remove() for one in old]
+    """Take away conversions of what the source of `path` was before; a sentence for each. Nothing of another name is touched."""
+    own = NAME.fullmatch(path.name)
+    assert own
+    others = {match[0] for entry in path.parent.iterdir() if (match := NAME.match(entry.name)) and _belongs(entry.name, match[0])}
+    old = [
+        path.with_name(name)
+        for name in sorted(others)
+        if (match := NAME.fullmatch(name)) and match["source"] == own["source"] and match["state"] != own["state"]
+    ]
+    return [Leftover(_all_of(one), "of an earlier state of the same file").remove() for one in old if not _busy(one)]
 
 
-def _conversion_of(entry: Path) -> Path:
-    """The conversion that a file of its name belongs to."""
-    return entry.with_name(entry.name[: entry.name.index(".h5") + 3])
+def _belongs(name: str, conversion: str) -> bool:
+    """Whether a file of this name is a conversion or lies beside it."""
+    return name in {path.name for path in _all_of(Path(conversion))}
 
 
 def _busy(path: Path) -> bool:
@@ -98,26 +104,33 @@ def _busy(path: Path) -> bool:
 
 
 def leftovers(root: Path) -> Iterator[Leftover]:
-    """What `siv data clean` takes away: nobody is at work on it, and all of it can be made again."""
+    """What `siv data clean` takes away: nobody is at work on it, and all of it can be made again. What does not bear a name of
+    ours, or was not made by a conversion, is somebody's own."""
     for entry in sorted(root.glob(f"{FOLDER}/*.h5")):
-        reason = _outdated(entry)
-        if reason and not _busy(entry):
+        ours = NAME.fullmatch(entry.name) or EARLIER.fullmatch(entry.name)
+        reason = _outdated(entry) if ours and not entry.name.startswith(files.TEMPORARY) and not _busy(entry) else None
+        if reason:
             yield Leftover(_all_of(entry), reason)
-    for entry in sorted(root.glob("*/*.partial")):
-        path = _conversion_of(entry) if ".h5" in entry.name else entry.with_suffix("")
-        if not path.exists() and not _busy(path):
+    for entry in sorted(root.glob("*/*.h5.partial")):
+        path = entry.with_suffix("")
+        journal = datafile.unfinished(path)[1]
+        if journal.exists() and not path.exists() and not _busy(path):
             yield Leftover(_all_of(path)[1:], "a preparation that did not come to its end; the next one would go on with it")
 
 
 def _outdated(path: Path) -> str | None:
     """Why this conversion is not read again, or None."""
     if not _beside(path).exists():
-        return "a conversion by an earlier siv"
+        try:
+            converted = str(datafile.look(path).facts.get("source", "")).startswith("converted from ")
+        except UserError:
+            converted = False
+        return "a conversion by an earlier siv" if converted else None
     try:
         about = files.read_json(_beside(path))
         source, state = Path(about["source"]), tuple(about["state"])
     except (UserError, KeyError, TypeError):
-        return "a conversion whose source is not known any more"
+        return None  # whose it is cannot be told
     try:
         now = datafile.state(source)
     except UserError:

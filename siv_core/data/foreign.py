@@ -12,7 +12,7 @@ RANGES = {"uint8": (0.0, 255.0), "bool": (0.0, 1.0), "f": (0.0, 1.0)}  # by type
 
 def agreed_range(facts: Mapping[str, Any]) -> tuple[float, float] | None:
     """The values that are black and white in numbers of this `dtype` and `kind`, None where everybody has their own."""
-    return RANGES.get(facts["dtype"]) or RANGES.get(facts["kind"])
+    return RANGES["bool"] if facts.get("logical") else RANGES.get(facts["dtype"]) or RANGES.get(facts["kind"])
 
 
 def unequal(images: int, name: str, rows: int, key: str) -> str:

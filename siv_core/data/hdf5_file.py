@@ -17,6 +17,16 @@ COLUMNS = {"labels": 1, "factors": 2, "split": 1}  # name -> number of axes
 BUILT_IN_FILTERS = {"gzip", "lzf", "shuffle", "fletcher32", "scaleoffset"}
 REMEDY = "get the file again, or write its images into a new one"
 Answer = tuple[dict[str, Any], NDArray[Any] | None]  # of the child: JSON, and an array where there is one
+
+
+def _is_logical(dataset: Any) -> bool:
+    """Whether MATLAB wrote no and yes, which it stores as bytes 0 and 1."""
+    with contextlib.suppress(Exception):  # an attribute of another meaning
+        name = dataset.attrs.get("MATLAB_class")
+        return (name.decode() if isinstance(name, bytes) else name) == "logical"
+    return False
+
+
 AXES = {
     "N": ("n", "b", "i", "t", "z", "batch", "sample", "samples", "image", "images", "index", "time"),
     "C": ("c", "channel", "channels", "band", "bands", "color", "colour", "rgb"),
@@ -105,7 +115,7 @@ def filters_of(dataset: Any) -> list[str]:
 def form(dataset: Any) -> dict[str, Any]:
     dtype = dataset.dtype
     form = {"shape": list(dataset.shape or ()), "dtype": str(dtype), "kind": dtype.kind, "itemsize": dtype.itemsize}
-    return {**form, "axes": axes_of(dataset)}
+    return {**form, "axes": axes_of(dataset), "logical": _is_logical(dataset)}
 
 
 def axes_of(dataset: Any) -> str | None:

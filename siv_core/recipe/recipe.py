@@ -200,16 +200,16 @@ def parse(
     return evolve(recipe, profiles=chosen, automatic_profile=automatic, sets=sets, places=places)
 
 
-def with_each_profile(path: Path, catalogue: Catalogue, given: Iterable[str] = (), sets: Iterable[str] = ()) -> list[str]:
+def with_each_profile(path: Path, catalogue: Catalogue, given: Iterable[str] = ()) -> list[str]:
     """What is wrong with a recipe as it is read with no profile, and with each of its own: what stands in it and is not in use
-    now is looked at too. `given` profiles and `sets` go with all of them."""
+    now is looked at too. `given` profiles go with all of them; what `--set` says is meant for the one that is in use."""
     source = read(path)
     tree, given = tree_of(path, source), tuple(name for name in given if name != "none")
     profiles = tree.get("profiles", {})
     problems: dict[str, None] = {}
     for extra in ((), *((name,) for name in profiles if name not in given)) if isinstance(profiles, dict) else ():
         try:
-            parse(tree, path, source, catalogue, ("none", *given, *extra), tuple(sets), cpu_only=False)
+            parse(tree, path, source, catalogue, ("none", *given, *extra), (), cpu_only=False)
         except UserError as error:
             told = f"with profile '{extra[0]}': " if extra else "without a profile: "
             known = {line.partition("profile: ")[2] or line for line in problems}

@@ -202,6 +202,8 @@ def _train_and_measure(
             raise UserError([*error.problems, f"once that is mended `siv run --resume {run_dir.path}` goes on"]) from error
         raise
     _close(run_dir, processes, state, counters, watcher, f"{state} at step {counters.step}, {counters.images_seen} images seen")
+    if getattr(watcher, "interrupted", False):
+        raise KeyboardInterrupt  # in the last step: the run is whole, whoever started it wanted to end
     return Run(run_dir.path, state)
 
 

@@ -55,6 +55,7 @@ class Silent:
         if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
             return
+        self.signum, self.interrupted = 0, False  # it may have watched another run
         signal.signal(signal.SIGINT, self._interrupted)
         try:
             yield
