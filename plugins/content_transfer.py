@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +80,10 @@ def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: li
         among = (same_class[contents[same_class] != w], same_content[classes[same_content] != a])
         for side, what in enumerate(("its class and other content", "its content and another class")):
             if not len(among[side]):
-                raise UserError(f"{WHAT}: held-out image {target} ({names[target]}): no other one in the split has {what}")
+                raise UserError(
+                    f"{WHAT}: held-out image {target} ({names[target]}): no other one in the split has {what};"
+                    " hold out whole classes (of hdf5: data.held_out_by)"
+                )
             sources[side, target] = among[side][(uniform[target, side] * len(among[side])).astype(np.int64)]
     return sources
 
@@ -165,68 +168,33 @@ def lpips_distance(backbone: str, device: torch.device) -> tuple[Distance, dict[
 
 
 @frozen(eq=False)
-class Views:
-    """The images of both splits, and what they are on average; all in [0, 1], on the model's device."""
+class Split:
+    """The images of a split, and which class and content each of them is."""
 
-    stored: Callable[[Tensor], Tensor]  # positions of held-out images -> [n, C, H, W]
-    trained: Callable[[Tensor], Tensor]  # positions of training images -> [n, C, H, W]
-    mean: Tensor  # [C, H, W], of the training images
-    by_content: Tensor  # [contents, C, H, W]: their means
-    by_class: dict[int, tuple[Tensor, int]]  # of the held-out images: sum [C, H, W] and how many
-    classes: Tensor  # [T], of the held-out images
-    contents: Tensor  # [T]
-    cells: Tensor  # [training classes, contents]: position of a training image of each, -1 where there is none
-    nearest: Tensor  # [T]: the training class that is nearest to each held-out image, at its content
-    lacking: dict[str, str]  # baseline -> why it cannot be shown
+    read: Callable[[Tensor], Tensor]  # positions -> [n, C, H, W] in [0, 1], on the model's device
+    classes: Ints
+    contents: Ints
+    batch: int
 
-    @classmethod
-    def of(cls, metric: ContentTransfer, rows: Rows, train: Rows, device: torch.device, progress: Progress) -> Views:
-        def images(split: Rows) -> Callable[[Tensor], Tensor]:
-            return lambda at: metric._unit(feed.images(split, at, metric.spec, device))
+    def parts(self, positions: Ints | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(positions, their images), a batch at a time; of all of them where none are given."""
+        chosen = torch.arange(len(self.classes)) if positions is None else torch.from_numpy(positions)
+        for at in chosen.split(self.batch):
+            yield at, self.read(at)
 
-        classes, contents = map(torch.from_numpy, metric._cells(rows))
-        own_classes, own_contents = map(torch.from_numpy, metric._cells(train))
-        own_classes = own_classes.unique(return_inverse=True)[1]
-        count = int(max(contents.max(), own_contents.max())) + 1
-        sums = torch.zeros(count, *metric.spec.shape, dtype=torch.float64)
-        for at in torch.arange(len(train)).split(metric.config.batch):
-            progress(f"{WHAT}: mean images", int(at[0]), len(train))
-            sums.index_add_(0, own_contents[at], images(train)(at).double().cpu())
-        cells = torch.full((int(own_classes.max()) + 1, count), -1)
-        cells[own_classes, own_contents] = torch.arange(len(train))
-        per_content = own_contents.bincount(minlength=count)
-        by_class: dict[int, tuple[Tensor, int]] = {}
-        for value, positions in positions_by(classes.numpy()).items():
-            by_class[value] = images(rows)(torch.from_numpy(positions)).double().sum(dim=0), len(positions)
-        shown = contents.unique()
-        lacking = {}
-        if not per_content[shown].min():
-            lacking["view_mean"] = "the training images have not every content of the held-out ones"
-        if (cells[:, shown] < 0).any():
-            lacking["nearest_train"] = "the training images have not every class with every content"
-        made = cls(
-            images(rows), images(train), (sums.sum(dim=0) / len(train)).float().to(device),
-            (sums / per_content.clamp_min(1)[:, None, None, None]).float().to(device), by_class, classes, contents, cells,
-            torch.zeros(len(rows), dtype=torch.int64), lacking,
-        )  # fmt: skip
-        if "nearest_train" not in lacking:
-            for value, positions in positions_by(contents.numpy()).items():
-                at = torch.from_numpy(positions)
-                among, these = (part.flatten(1) for part in (made.trained(cells[:, value]), made.stored(at)))
-                made.nearest[at] = torch.cdist(these, among).argmin(dim=1).cpu()
-        return made
+    def mean(self, positions: Ints | None = None) -> Tensor:
+        """[C, H, W], float64."""
+        count = len(self.classes) if positions is None else len(positions)
+        return sum((x.double().sum(dim=0) for _, x in self.parts(positions)), torch.zeros((), dtype=torch.float64)) / count
 
-    def view_mean(self, at: Tensor) -> Tensor:
-        return self.by_content[self.contents[at].to(self.by_content.device)]
-
-    def class_mean(self, at: Tensor, own: Tensor) -> Tensor:
-        """The mean of the other held-out images of each one's class; itself where there is no other."""
-        sums, counts = zip(*(self.by_class[int(value)] for value in self.classes[at]), strict=True)
-        others = torch.tensor(counts, device=own.device)[:, None, None, None] - 1
-        return torch.where(others > 0, (torch.stack(sums) - own.double()) / others.clamp_min(1), own.double()).float()
-
-    def nearest_train(self, class_source: Tensor, target: Tensor) -> Tensor:
-        return self.trained(self.cells[self.nearest[class_source], self.contents[target]])
+    def nearest(self, x: Tensor, positions: Ints) -> Tensor:
+        """Positions [n] of those among `positions` that are nearest to each of x [n, …]."""
+        best, found = torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64)
+        for at, among in self.parts(positions):
+            distance, index = torch.cdist(x.flatten(1), among.flatten(1)).min(dim=1)
+            nearer = distance.cpu() < best
+            best, found = torch.where(nearer, distance.cpu(), best), torch.where(nearer, at[index.cpu()], found)
+        return found
 
 
 @frozen
@@ -244,69 +212,106 @@ class ContentTransfer:
                 problems.append(f"lpips_{backbone}: {error}")
         return problems
 
+    def fits(self, data: Dataset) -> Iterable[str]:
+        try:
+            rows = data.rows("held_out")
+            self._sources(rows)
+        except UserError as error:
+            return error.problems
+        return ()
+
     @torch.no_grad()
     def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
-        rows, train = data.rows("held_out"), data.rows("train")
-        classes, contents = self._cells(rows)
-        sources, strangers = self._sources(rows, classes, contents), self._strangers(classes, contents)
+        rows, train_rows = data.rows("held_out"), data.rows("train")
+        held_out, train = self._split(rows, model.device), self._split(train_rows, model.device)
+        sources, strangers = self._sources(rows), self._strangers(held_out)
         distances, skipped, identity = self._distances(model.device)
         codes = self._encode(model, rows, progress)
-        views = Views.of(self, rows, train, model.device, progress)
-        skipped |= {f"{name}.{what}": why for what, why in views.lacking.items() for name in distances}
         targets = torch.arange(len(rows)).repeat_interleave(self.config.pairs)
         sums: dict[str, float] = defaultdict(float)  # plain numbers: small tensors kept between the batches' large ones cost GBs
 
-        def compare(variant: str, image: Tensor, truth: Tensor, done: int) -> None:
+        def compare(variant: str, image: Tensor, truth: Tensor, what: str, done: int, total: int) -> None:
             for name, distance in distances.items():
-                progress(WHAT, done, len(targets) + len(rows))
+                progress(what, done, total)
                 sums[f"{name}.{variant}" if variant else name] += float(distance(image, truth).double().sum())
 
+        nearest, lacking = self._baselines(held_out, train, compare)
         for at in torch.arange(len(targets)).split(self.config.batch):
-            done, truth = int(at[0]), views.stored(targets[at])
-            class_source, content_source = sources[:, at]
-            seed = stream_seed(self.config.seed, "content_transfer", done)  # for a decoder with noise of its own
-            labels = labels_of(rows, class_source, model)  # of a conditional model: those of the class source
-            pairs = {"": (class_source, content_source)}
-            pairs |= {"random_class": (strangers[0, at], content_source), "random_content": (class_source, strangers[1, at])}
+            place, truth = (WHAT, int(at[0]), len(targets)), held_out.read(targets[at])
+            seed = stream_seed(self.config.seed, "content_transfer", int(at[0]))  # for a decoder with noise of its own
+            own, other = sources[:, at], strangers[:, at]
+            labels = labels_of(rows, own[0], model)  # of a conditional model: those of the class source
+            pairs = {"": (own[0], own[1]), "random_class": (other[0], own[1]), "random_content": (own[0], other[1])}
             for variant, chosen in pairs.items():
                 mixed = {group: codes[group][one.to(model.device)] for group, one in zip(self.translate, chosen, strict=True)}
-                compare(variant, self._unit(model.decode(mixed, labels, seed)), truth, done)
-            compare("copy_class", views.stored(class_source), truth, done)
-            compare("copy_content", views.stored(content_source), truth, done)
-            if "nearest_train" not in views.lacking:
-                compare("nearest_train", views.nearest_train(class_source, targets[at]), truth, done)
-        for at in torch.arange(len(rows)).split(self.config.batch):
-            truth, done = views.stored(at), len(targets) + int(at[0])
-            compare("mean_image", views.mean.expand_as(truth), truth, done)
-            compare("class_mean", views.class_mean(at, truth), truth, done)
-            if "view_mean" not in views.lacking:
-                compare("view_mean", views.view_mean(at), truth, done)
-        each = {"mean_image", "class_mean", "view_mean"}  # of an image, not of a pair
+                compare(variant, self._unit(model.decode(mixed, labels, seed)), truth, *place)
+            compare("copy_class", held_out.read(own[0]), truth, *place)
+            compare("copy_content", held_out.read(own[1]), truth, *place)
+            if nearest is not None:
+                compare("nearest_train", train.read(nearest(own[0], targets[at])), truth, *place)
+        each = ("mean_image", "class_mean", "view_mean")  # of an image, not of a pair
         means = {name: total / len(rows if name.partition(".")[2] in each else targets) for name, total in sums.items()}
-        return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train), identity))
+        skipped |= {f"{name}.{baseline}": why for baseline, why in lacking.items() for name in distances}
+        return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train_rows), identity))
 
-    def _cells(self, rows: Rows) -> tuple[Ints, Ints]:
-        """The class and the content of each image."""
+    def _baselines(self, held_out: Split, train: Split, compare: Callable[..., None]) -> tuple[Any, dict[str, str]]:
+        """Compare the means with what they are of. Gives (positions of class sources, of targets) -> positions of the training
+        images that `nearest_train` shows, None where there are none, and why."""
+        total, what = len(held_out.classes), f"{WHAT}: baselines"
+        mean, trained = train.mean().float(), positions_by(train.contents)
+        for at, truth in held_out.parts():
+            compare("mean_image", mean.expand_as(truth), truth, what, int(at[0]), total)
+        for own in positions_by(held_out.classes).values():
+            mean, others = held_out.mean(own), max(len(own) - 1, 1)
+            for at, truth in held_out.parts(own):
+                rest = (mean * len(own) - truth.double()) / others  # without the image itself
+                compare("class_mean", rest.float(), truth, what, int(at[0]), total)
+        contents = positions_by(held_out.contents)
+        if not contents.keys() <= trained.keys():
+            reason = "the training images have not every content of the held-out ones"
+            return None, dict.fromkeys(("view_mean", "nearest_train"), reason)
+        nearest = torch.zeros(total, dtype=torch.int64)
+        for content, own in contents.items():
+            mean = train.mean(trained[content]).float()
+            for at, truth in held_out.parts(own):
+                compare("view_mean", mean.expand_as(truth), truth, what, int(at[0]), total)
+                nearest[at] = train.nearest(truth, trained[content])
+        names, row = map(torch.from_numpy, np.unique(train.classes, return_inverse=True))
+        cells = torch.full((len(names), int(max(train.contents.max(), held_out.contents.max())) + 1), -1)
+        cells[row, torch.from_numpy(train.contents)] = torch.arange(len(row))
+        if any((cells[:, content] < 0).any() for content in contents):
+            return None, {"nearest_train": "the training images have not every class with every content"}
+        content_of = torch.from_numpy(held_out.contents)
+        return lambda source, target: cells[row[nearest[source]], content_of[target]], {}
+
+    def _split(self, rows: Rows, device: torch.device) -> Split:
+        """A `UserError` where it is empty or has no factors."""
         if rows.factors is None or not len(rows):
             raise UserError(f"{WHAT}: the held-out split is empty or without factors")
         factors = rows.factors[rows.at(torch.arange(len(rows)))].numpy()
         column = list(self.spec.factors).index(self.config.class_factor)
         sizes = [size for name, size in self.spec.factors.items() if name != self.config.class_factor]
-        return factors[:, column], np.ravel_multi_index(tuple(np.delete(factors, column, axis=1).T), sizes)
+        contents = np.ravel_multi_index(tuple(np.delete(factors, column, axis=1).T), sizes)
 
-    def _sources(self, rows: Rows, classes: Ints, contents: Ints) -> Tensor:
+        def read(at: Tensor) -> Tensor:
+            return self._unit(feed.images(rows, at, self.spec, device))
+
+        return Split(read, factors[:, column], contents, self.config.batch)
+
+    def _sources(self, rows: Rows) -> Tensor:
         """Positions [2, T·pairs] of class and content sources."""
+        split = self._split(rows, torch.device("cpu"))
         assert rows.factors is not None
         factors = rows.factors[rows.at(torch.arange(len(rows)))].tolist()
         names = [", ".join(f"{name} {value}" for name, value in zip(self.spec.factors, row, strict=True)) for row in factors]
-        sources = draw_sources(classes, contents, self.config.pairs, self.config.seed, names)
+        sources = draw_sources(split.classes, split.contents, self.config.pairs, self.config.seed, names)
         return torch.from_numpy(sources.reshape(2, -1))
 
-    def _strangers(self, classes: Ints, contents: Ints) -> Tensor:
+    def _strangers(self, split: Split) -> Tensor:
         """Positions [2, T·pairs] of any image of another class, and of another content; each uniform, with replacement."""
-        uniform = np.random.Generator(np.random.PCG64([self.config.seed, 1])).random((2, len(classes), self.config.pairs))
-        chosen = np.empty((2, len(classes), self.config.pairs), dtype=np.int64)
-        for side, values in enumerate((classes, contents)):
+        uniform = np.random.Generator(np.random.PCG64([self.config.seed, 1])).random((2, len(split.classes), self.config.pairs))
+        chosen = np.empty(uniform.shape, dtype=np.int64)
+        for side, values in enumerate((split.classes, split.contents)):
             for value, own in positions_by(values).items():
                 others = np.flatnonzero(values != value)
                 chosen[side, own] = others[(uniform[side, own] * len(others)).astype(np.int64)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from siv_core import Component, Progress, Rows, Spec, UserError, hookimpl, option
 from siv_core.data import cache, datafile, feed, foreign, hdf5
-from siv_core.errors import one_line
+from siv_core.errors import near_miss, one_line
 
 MOST_IN_BLOCK, BLOCK_BYTES = 256, 16 << 20  # images converted at a time
 
@@ -40,6 +40,9 @@ class HDF5Config:
         "crop", doc="images of other proportions are cut to their centre, or stretched", choices=("crop", "stretch")
     )
     held_out: float = option(0.1, doc="share kept from training by a seeded choice, where the file has no split", gt=0, lt=1)
+    held_out_by: str = option(
+        "", doc="name of a factor, or labels: whole values of it are kept out, that share of them; empty: single images"
+    )
     split_seed: int = option(0, doc="of that choice", ge=0)
 
 
@@ -74,6 +77,7 @@ class HDF5Images:
     def prepare(self, progress: Progress) -> None:
         looked = self._looked
         if looked.native:
+            datafile.verify(self.source, progress)
             return
         if not self.path.exists():
             self._convert(looked, progress)
@@ -151,7 +155,7 @@ class HDF5Images:
         low, high = found["lowest"], found["highest"]
         if low == high:
             return f"all its values are {low:g}; say with data.value_range which are black and white"
-        such = f"data.value_range = [{low!r}, {high!r}]"  # every digit: rounded, it would not hold them
+        such = f"data.{foreign.range_option(low, high)}"
         return f"its values go from {low:g} to {high:g}; say which are black and white, such as {such}"
 
     def _blocks(
@@ -194,9 +198,11 @@ class HDF5Images:
         if reason:
             raise UserError(reason)
         looked, (_, channels, height, width) = self._looked, self._stored
-        if not looked.native:
+        if looked.native:
+            self._takes_no_options()
+        else:
             self._range(looked)
-        labels = looked.columns.get("labels")
+        labels = self._columns.get("labels")
         low, high = looked.facts.get("value_range", (0.0, 1.0))
         size = (self.config.size,) * 2 if self.config.size else (height, width)
         if size[0] > height or size[1] > width:
@@ -207,9 +213,23 @@ class HDF5Images:
             (channels, *size),
             value_range=(low, high),
             classes=None if labels is None else int(labels.max()) + 1,
-            factors=looked.facts["factor_sizes"] or {},
+            factors=looked.facts["factor_sizes"] or {} if "factors" in self._columns else {},
             fit=self.config.fit,
         )
+
+    def _takes_no_options(self) -> None:
+        """A `UserError` for options of how to read a file that says it itself."""
+        asked, default = self.config, HDF5Config(path="")
+        names = ("images", "layout", "value_range", "labels", "factors")
+        given = [name for name in names if getattr(asked, name) not in (getattr(default, name), "")]
+        if given:
+            keys = ", ".join(f"data.{name}" for name in given)
+            raise UserError(f"{keys}: {one_line(self.source)} is of siv's own format, which says it itself; leave it out")
+
+    @property
+    def _columns(self) -> dict[str, NDArray[np.int64]]:
+        """Labels, factors and split, as far as they are wanted."""
+        return {name: values for name, values in self._looked.columns.items() if getattr(self.config, name, name)}
 
     def notes(self) -> list[str]:
         """How the file is read, where that is not as it stands there."""
@@ -228,36 +248,59 @@ class HDF5Images:
 
     def counts(self) -> dict[str, int]:
         """How many images each split has."""
-        split, n = self._looked.columns.get("split") if self._looked.native else None, self._stored[0]
-        inside = split == 1 if split is not None else self._chosen(n)
-        return {"train": int(n - inside.sum()), "held_out": int(inside.sum())}
+        inside = self._held_out()
+        return {"train": int(len(inside) - inside.sum()), "held_out": int(inside.sum())}
+
+    def about(self) -> dict[str, object]:
+        """For the run's manifest: which values were held out, where whole ones were."""
+        by = self.config.held_out_by
+        return {"held_out": {by: np.unique(self._grouped(by)[self._held_out()]).tolist()}} if by else {}
 
     def rows(self, split: str) -> Rows:
         import torch
 
-        table = self._table
-        inside = table.split == 1 if table.split is not None else self._chosen(len(table.images))
+        table, inside, columns = self._table, self._held_out(), self._columns
         index = np.flatnonzero(inside if split == "held_out" else ~inside)
         if not len(index):
             raise UserError(f"{self.source}: no image is in the split '{split}', of {len(inside)} in all")
-        arrays = (table.images, table.labels, table.factors, index)
-        return Rows(*(None if array is None else torch.from_numpy(array) for array in arrays))  # type: ignore[arg-type]
+        arrays = (table.images, columns.get("labels"), columns.get("factors"), index)
+        # what a child told is read-only, which torch does not know
+        copies = (array if array is None or array.flags.writeable else array.copy() for array in arrays)
+        return Rows(*(None if array is None else torch.from_numpy(array) for array in copies))  # type: ignore[arg-type]
 
-    def _chosen(self, n: int) -> NDArray[np.bool_]:
-        order = np.random.Generator(np.random.PCG64(self.config.split_seed)).permutation(n)
+    def _held_out(self) -> NDArray[np.bool_]:
+        """Which images are kept from training."""
+        n, share, by = self._stored[0], self.config.held_out, self.config.held_out_by
+        if "split" in self._columns:
+            if by:
+                raise UserError(f"data.held_out_by: {one_line(self.source)} has a split of its own; leave it out")
+            return self._columns["split"] == 1
+        if by:
+            group = self._grouped(by)
+            values = len(np.unique(group))
+            number = min(max(1, round(share * values)), max(1, values - 1))
+            return np.isin(group, datafile.held_out_groups(group, number, self.config.split_seed))
         inside = np.zeros(n, bool)
-        inside[order[: min(max(1, round(self.config.held_out * n)), n - 1)]] = True
+        order = np.random.Generator(np.random.PCG64(self.config.split_seed)).permutation(n)
+        inside[order[: min(max(1, round(share * n)), n - 1)]] = True
         return inside
+
+    def _grouped(self, by: str) -> NDArray[np.int64]:
+        """The values [N] of a factor, or of the labels."""
+        names = list(self._looked.facts["factor_sizes"] or {}) if "factors" in self._columns else []
+        if by in names:
+            return self._columns["factors"][:, names.index(by)]
+        if by == "labels" and "labels" in self._columns:
+            return self._columns["labels"]
+        known = [*names, *(["labels"] if "labels" in self._columns else [])]
+        raise UserError(
+            f"data.held_out_by: {one_line(self.source)} has no factor '{by}'{near_miss(by, known) or '; it has none'}"
+        )
 
     def fingerprint(self) -> str:
         """The images' digest; that of labels, factors, split and a value range of its own follows a +."""
-        table = self._table
-        columns: dict[str, Any] = {
-            name: np.ascontiguousarray(rows).tobytes()
-            for name in ("labels", "factors", "split")
-            if (rows := getattr(table, name)) is not None
-        }
-        if table.factor_sizes:
+        table, columns = self._table, {name: np.ascontiguousarray(rows).tobytes() for name, rows in self._columns.items()}
+        if "factors" in columns:
             columns["sizes"] = repr(table.factor_sizes).encode()
         if table.value_range != (0.0, 1.0):
             columns["value_range"] = repr(table.value_range).encode()

@@ -129,11 +129,16 @@ class LatentProbes:
     def needs(self) -> Iterable[str]:
         return ()
 
+    def fits(self, data: Dataset) -> Iterable[str]:
+        rows = data.rows("held_out")
+        if rows.factors is None or len(rows) <= self.config.k:
+            yield f"the held-out split has no factors, or no more than k = {self.config.k} images"
+
     def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
         rows = data.rows("held_out")
         everyone = torch.arange(len(rows))
-        if rows.factors is None or len(rows) <= self.config.k:
-            raise UserError(f"{WHAT}: the held-out split has no factors, or no more than k = {self.config.k} images")
+        for reason in self.fits(data):
+            raise UserError(f"{WHAT}: {reason}")
         held_out = Split(self._encode(model, rows, everyone, progress), self._factors(rows, everyone))
         values: dict[str, float | str] = {
             f"chance.{name}": float(column.unique(return_counts=True)[1].max()) / len(column)
@@ -163,7 +168,7 @@ class LatentProbes:
         told["knn"] = neighbours_tell(
             codes, values, kin, self.config.k, self.config.batch, lambda done: progress(what, done, len(codes))
         )
-        if kin is not None and int((kin[:, None] != kin).sum(dim=1).min()) < self.config.k:
+        if kin is not None and len(kin) - int(kin.unique(return_counts=True)[1].max()) < self.config.k:
             told["knn"] = f"some images have fewer than k = {self.config.k} others that differ in what is not asked"
         for number, probe in enumerate(self.config.trained):
             progress(f"{what}, {probe}", number, len(self.config.trained))

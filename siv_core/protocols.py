@@ -267,7 +267,8 @@ class Measurement(NamedTuple):
 
 
 class Metric(Protocol):
-    """Optional: `draw(models, data, seed, count)` -> a picture of one model or of several {title: model} side by side, with
+    """Optional: `fits(data)` -> why this metric cannot be taken of these data, a sentence each, asked before training once they
+    are prepared; `draw(models, data, seed, count)` -> a picture of one model or of several {title: model} side by side, with
     `count` samples, for data that is no image and so has no picture else; `data` is None where it is not at hand."""
 
     def needs(self) -> Iterable[str]:

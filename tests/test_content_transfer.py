@@ -267,8 +267,8 @@ def test_progress_and_stopping() -> None:
 
     with pytest.raises(Stopped):
         build(data.spec, batch=8).measure(perfect(data), data, stop)
-    assert {what for what, _, _ in told} == {"content transfer", "content transfer: encoding", "content transfer: mean images"}
-    assert told[-1] == (plugin.WHAT, 32, 24 * 3 + 24)
+    assert {what for what, _, _ in told} == {"content transfer", "content transfer: encoding", "content transfer: baselines"}
+    assert told[-1] == (plugin.WHAT, 32, 24 * 3)
 
 
 def test_the_protocol_is_json_and_complete() -> None:

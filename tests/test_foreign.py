@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
+import tomllib
 from pathlib import Path
 
 import h5py
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from attrs import frozen
 from conftest import Done
+from siv_plugins import content_transfer
 from siv_plugins import hdf5 as plugin
 
 from siv_core.data import cache, datafile, foreign, hdf5_file
@@ -275,6 +278,42 @@ def test_factors_of_ones_own(tmp_path, names):
     assert data.rows("train").factors.tolist() == factors.tolist()
 
 
+def with_factors(path: Path, factors: np.ndarray, names: list[str]) -> Path:
+    with h5py.File(path, "w") as file:
+        file["images"] = RNG.integers(0, 256, (len(factors), 3, 4, 4), dtype=np.uint8)
+        file["factors"], file["labels"] = factors, factors[:, 0]
+        file["factors"].attrs["names"] = names
+    return path
+
+
+def test_whole_values_of_a_factor_can_be_held_out(tmp_path):
+    cells = np.stack([part.ravel() for part in np.indices((10, 4, 3))], axis=1)
+    path = with_factors(tmp_path / "a.h5", cells, ["shape", "tilt", "turn"])
+    for by, share, kept_out in (("shape", 0.2, 2), ("labels", 0.3, 3), ("turn", 0.01, 1), ("turn", 0.99, 2)):
+        _, data = converted(path, held_out=share, held_out_by=by)
+        column = 2 if by == "turn" else 0
+        held_out, train = (set(cells[data.rows(split).index.numpy(), column].tolist()) for split in ("held_out", "train"))
+        assert len(held_out) == kept_out
+        assert held_out.isdisjoint(train)
+        assert held_out | train == set(range(cells[:, column].max() + 1))
+        assert data.about() == {"held_out": {by: sorted(held_out)}}
+    with pytest.raises(UserError, match=r"data.held_out_by: .* has no factor 'shapes'; did you mean 'shape'\?"):
+        plugin.build(plugin.HDF5Config(path=str(path), held_out_by="shapes")).counts()
+
+
+def test_transfer_can_be_measured_where_whole_classes_are_held_out(tmp_path):
+    """Of single images left out each would need a partner; that there is none is told before training."""
+    cells = np.stack([part.ravel() for part in np.indices((10, 10, 10))], axis=1)
+    path = with_factors(tmp_path / "a.h5", cells, ["shape", "tilt", "turn"])
+    spec = converted(path)[1].spec
+    metric = content_transfer.build(
+        content_transfer.ContentTransferConfig(class_factor="shape"), spec, {"class": 1, "content": 1}, ("class", "content")
+    )
+    [told] = metric.fits(converted(path)[1])
+    assert told.endswith("hold out whole classes (of hdf5: data.held_out_by)")
+    assert list(metric.fits(converted(path, held_out_by="shape", held_out=0.2)[1])) == []
+
+
 def test_the_fingerprint_changes_with_labels_and_factors(tmp_path):
     digests = []
     for more in ({}, {"labels": np.zeros(7, int)}, {"labels": np.ones(7, int)}, {"factors": np.zeros((7, 1), int)}):
@@ -285,6 +324,44 @@ def test_the_fingerprint_changes_with_labels_and_factors(tmp_path):
         digests.append(converted(path)[1].fingerprint())
     assert len(set(digests)) == 4
     assert len({digest.partition("+")[0] for digest in digests}) == 1
+
+
+# -- files of siv's own format ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "own.h5"
+    datafile.write(
+        path, shape=IMAGES.shape, block=7, produce=lambda numbers: iter([(0, IMAGES)]), progress=quiet, source="x",
+        labels=np.arange(7) % 2, factors=np.arange(7)[:, None] % 3, factor_sizes={"turn": 3},
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(
+    "options", [{"layout": "NHWC"}, {"value_range": (0.0, 1.0)}, {"labels": "digit"}, {"factors": "f"}, {"images": "x"}]
+)
+def test_options_that_would_do_nothing_are_refused(own, options):
+    [name] = options
+    with pytest.raises(UserError, match=f"data.{name}: .* is of siv's own format, which says it itself; leave it out"):
+        _ = plugin.build(plugin.HDF5Config(path=str(own), **options)).spec
+
+
+def test_what_it_has_can_be_left_out(own):
+    whole, bare = converted(own)[1], converted(own, labels="", factors="")[1]
+    assert (whole.spec.classes, dict(whole.spec.factors)) == (2, {"turn": 3})
+    assert (bare.spec.classes, dict(bare.spec.factors)) == (None, {})
+    assert bare.rows("train").labels is bare.rows("train").factors is None
+    assert bare.fingerprint() == whole.fingerprint().partition("+")[0]
+
+
+def test_one_that_was_changed_in_place_is_refused(own):
+    converted(own)
+    with h5py.File(own, "r+") as file:
+        file["images"][3, 0, 0, 0] ^= 1
+    with pytest.raises(UserError, match=r"own.h5: damaged or changed, the images' sha256 is \w{64}, the file was written with"):
+        converted(own)
 
 
 # -- proportions -----------------------------------------------------------------------------------------------------------------
@@ -308,6 +385,24 @@ def test_a_file_that_is_open_elsewhere_is_told(tmp_path):
     path = write(tmp_path / "a.h5", IMAGES)
     with h5py.File(path, "r+"), pytest.raises(UserError, match=r"another program has it open for writing; close it there"):
         _ = plugin.build(plugin.HDF5Config(path=str(path))).spec
+
+
+# -- what `siv data check` tells -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_check_gives_options_that_read_the_file(tmp_path, name):
+    array = TYPES[name].array.copy()
+    if name == "float32":
+        array.flat[0] = 1.0000001
+    path = write(tmp_path / "a.h5", array)
+    report = datafile.check(path)
+    assert report["problems"] == []
+    [told] = report["options"]
+    options = tomllib.loads("\n".join(re.split(r", (?=[a-z_]+ = )", told)))
+    options["value_range"] = tuple(map(float, options.get("value_range", ())))
+    brightest = converted(Path(options.pop("path")), **options)[0].max()
+    assert brightest == (1 if name == "uint8, 0 and 1" else 255)  # which bytes 0 and 1 are is not for a check to say
 
 
 # -- caches end ------------------------------------------------------------------------------------------------------------------
@@ -394,6 +489,20 @@ def test_clean_takes_what_will_not_be_read_again(tmp_path, siv, monkeypatch):
     assert kept(tmp_path) == [good.name, f"{good.name}.from.json"]
     assert "nothing to remove" in siv_data(siv, "clean").stdout
     assert json.loads(siv_data(siv, "clean", "--json").stdout)["leftovers"] == []
+
+
+def test_what_an_early_kill_leaves_is_cleaned(tmp_path):
+    """Killed before the first blocks were noted, or before anything but the note of the source was written."""
+    path = write(tmp_path / "a.h5", IMAGES)
+    for n, begun in enumerate((True, False)):
+        made = cache.conversion(path, f"{n:08x}")
+        cache.note(made, path)
+        if begun:
+            datafile.unfinished(made)[0].touch()
+    assert len(kept(tmp_path)) == 3
+    for left in list(cache.leftovers(tmp_path / "data")):
+        left.remove()
+    assert kept(tmp_path) == []
 
 
 def test_clean_leaves_what_a_process_is_at_work_on(tmp_path):

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import TINY
 from test_record import RECIPE
 from torch import nn
@@ -271,18 +272,6 @@ def test_a_generator_that_is_given_is_used():
 
 # -- demands of the data ---------------------------------------------------------------------------------------------------------
 
-ADAIN = """
-[network]
-name = "adain"
-dims = { class = 4, content = 4 }
-encoder_channels = [4, 4, 4]
-encoder_hidden = [8]
-stem_kernel = 0
-decoder_channels = [4, 4, 4]
-output_channels = 4
-output_kernels = [3, 3]
-"""
-
 
 def own_data(folder: Path, n: int, channels: int, network: str = "", more: str = "") -> Path:
     with h5py.File(folder / "own.h5", "w") as file:
@@ -312,8 +301,8 @@ def test_any_number_of_channels_trains_and_is_drawn_as_is_said(siv, tmp_path, ch
     ("n", "network", "words"),
     [
         (1, "", "no image of 'hdf5' is in the split 'held_out', of 1 in all"),
-        (1, ADAIN, "no image of 'hdf5' is in the split 'held_out', of 1 in all"),
-        (12, ADAIN, "one image alone is held out, and translations are shown between two: hold out more (data.held_out)"),
+        (1, toys.ADAIN, "no image of 'hdf5' is in the split 'held_out', of 1 in all"),
+        (12, toys.ADAIN, "one image alone is held out, and translations are shown between two: hold out more (data.held_out)"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "run"])
@@ -326,7 +315,7 @@ def test_too_few_images_are_told_before_anything_is_made(siv, tmp_path, n, netwo
 
 
 def test_an_earlier_run_with_one_held_out_image_is_told_at_its_translation(siv, tmp_path):
-    recipe = own_data(tmp_path, 12, 3, ADAIN, more="held_out = 0.2\n")
+    recipe = own_data(tmp_path, 12, 3, toys.ADAIN, more="held_out = 0.2\n")
     assert siv("run", recipe, "--run-dir", "run").returncode == 0
     resolved = json.loads((tmp_path / "run/resolved.json").read_text())
     resolved["data"]["held_out"] = 0.1
@@ -341,7 +330,7 @@ def test_an_earlier_run_with_one_held_out_image_is_told_at_its_translation(siv, 
 
 
 def test_own_pictures_are_looked_at_before_data_are_prepared(siv, tmp_path):
-    recipe = own_data(tmp_path, 12, 3, ADAIN, more="held_out = 0.2\n")
+    recipe = own_data(tmp_path, 12, 3, toys.ADAIN, more="held_out = 0.2\n")
     assert siv("run", recipe, "--run-dir", "run").returncode == 0
     (tmp_path / "a.png").write_text("no picture")
     os.remove(tmp_path / "own.h5")

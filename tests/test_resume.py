@@ -278,20 +278,12 @@ def test_a_signal_while_data_is_prepared_keeps_what_is_done(tmp_path):
     assert len(json.loads(journal.read_text())["done"]) > 0
 
 
-CARS = """
+CARS = f"""
 format = 1
 [data]
 name = "rendered_cars"
 size = 32
-[network]
-name = "adain"
-dims = { class = 4, content = 4 }
-encoder_channels = [4, 4, 4]
-stem_kernel = 0
-encoder_hidden = [8]
-decoder_channels = [4, 4, 4]
-output_channels = 4
-[objective]
+{toys.ADAIN}[objective]
 name = "soft_intro_vae"
 [train]
 batch = 16

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import toys
 from safetensors.numpy import load_file
 from siv_plugins.adain import AdaINConfig
 
@@ -21,22 +22,13 @@ from siv_core.recipe import catalogue as catalogues
 from siv_core.runs import opened, session
 from siv_core.runs.watchers import Silent
 
-RECIPE = """
+RECIPE = f"""
 format = 1
 [data]
 name = "hdf5"
 path = "data/own.h5"
 held_out = 0.25
-[network]
-name = "adain"
-dims = { class = 4, content = 4 }
-encoder_channels = [4, 4, 4]
-encoder_hidden = [8]
-stem_kernel = 0
-decoder_channels = [4, 4, 4]
-output_channels = 4
-output_kernels = [3, 3]
-[objective]
+{toys.ADAIN}[objective]
 name = "soft_intro_vae"
 [train]
 batch = 8

@@ -42,6 +42,17 @@ name = "soft_intro_vae"
 beta_neg = 4.0
 """
 )
+ADAIN = """
+[network]
+name = "adain"
+dims = { class = 4, content = 4 }
+encoder_channels = [4, 4, 4]
+encoder_hidden = [8]
+stem_kernel = 0
+decoder_channels = [4, 4, 4]
+output_channels = 4
+output_kernels = [3, 3]
+"""
 DIGITS = {
     "format": 1,
     "data": {"name": "digits"},

@@ -111,10 +111,14 @@ def leftovers(root: Path) -> Iterator[Leftover]:
         reason = _outdated(entry) if ours and not entry.name.startswith(files.TEMPORARY) and not _busy(entry) else None
         if reason:
             yield Leftover(_all_of(entry), reason)
+    for entry in sorted(root.glob(f"{FOLDER}/*.h5.from.json")):
+        path = entry.with_name(entry.name.removesuffix(".from.json"))
+        if NAME.fullmatch(path.name) and not any(one.exists() for one in _all_of(path)[:-1]) and not _busy(path):
+            yield Leftover((entry,), "of a conversion that was never begun")
     for entry in sorted(root.glob("*/*.h5.partial")):
         path = entry.with_suffix("")
-        journal = datafile.unfinished(path)[1]
-        if journal.exists() and not path.exists() and not _busy(path):
+        known = datafile.unfinished(path)[1].exists() or _beside(path).exists()
+        if known and not path.exists() and not _busy(path):
             yield Leftover(_all_of(path)[1:], "a preparation that did not come to its end; the next one would go on with it")
 
 

@@ -29,6 +29,7 @@ from siv_core.protocols import Progress, Rows
 from siv_core.store import files
 
 Block = tuple[int, NDArray[np.uint8]]
+SLAB = 64 << 20  # bytes that are hashed between two looks at the progress
 
 
 @frozen(eq=False)
@@ -228,6 +229,26 @@ def read(path: Path) -> Table:
     return Table(images, facts["source"], facts["sha256"], (low, high), labels, factors, facts["factor_sizes"], short)
 
 
+def verify(path: Path, progress: Progress) -> None:
+    """A `UserError` where the images of a file of format 1 are not those it was written with; once for each state of the file."""
+    key = (str(path), *state(path))
+    if key in _verified:
+        return
+    table, what = read(path), f"checking the sha256 of {one_line(path.name)}"
+    flat, digest = table.images.reshape(-1).data, hashlib.sha256()
+    for start in range(0, len(flat), SLAB):
+        progress(what, start, len(flat))
+        digest.update(flat[start : start + SLAB])
+    progress(what, len(flat), len(flat))
+    if digest.hexdigest() != table.sha256:
+        reason = f"damaged or changed, the images' sha256 is {digest.hexdigest()}, the file was written with {table.sha256}"
+        raise UserError(f"{one_line(path)}: {reason}; remove it, so that it is made again")
+    _verified.add(key)
+
+
+_verified: set[tuple[str, int, int, int]] = set()
+
+
 def held_out_groups(group: NDArray[np.int64], held_out: int, seed: int) -> list[int]:
     """The chosen values of `group`, in order."""
     values = np.unique(group)
@@ -292,12 +313,10 @@ def _check_format_1(path: Path, report: dict[str, Any], progress: Progress) -> N
     except UserError as error:
         report["problems"] += [problem for problem in error.problems if problem not in report["problems"]]
         return
-    progress(f"checking the sha256 of {one_line(path.name)}", 0, 1)
-    actual = _sha256(table.images)
-    progress(f"checking the sha256 of {one_line(path.name)}", 1, 1)
-    if actual != table.sha256:
-        reason = f"damaged, the images' sha256 is {actual}, the file was written with {table.sha256}"
-        report["problems"].append(f"{one_line(path)}: {reason}; remove it, so that it is made again")
+    try:
+        verify(path, progress)
+    except UserError as error:
+        report["problems"] += error.problems
     report |= {
         "images": list(table.images.shape),
         "value_range": list(table.value_range),
@@ -355,9 +374,9 @@ def _as_images(entry: dict[str, Any]) -> tuple[str | None, str]:
         return f"{entry['not_finite']} of its values are not finite", ""
     given, low, high = foreign.agreed_range(entry), entry["lowest"], entry["highest"]
     fits = given is not None and given[0] <= low and high <= given[1]
-    value_range = "" if fits else f", value_range = [{low:g}, {high:g}]"
+    value_range = "" if fits else f", {foreign.range_option(low, high)}"
     layout = foreign.order_of(shape, entry["axes"])
-    return None, f'{value_range}, layout = "{layout or "which axis is which cannot be told; such as NCHW"}"'
+    return None, f'{value_range}, layout = "{layout}"' if layout else f"{value_range}, and a layout, which cannot be told"
 
 
 def _sha256(images: NDArray[np.uint8]) -> str:

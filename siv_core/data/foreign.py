@@ -15,6 +15,11 @@ def agreed_range(facts: Mapping[str, Any]) -> tuple[float, float] | None:
     return RANGES["bool"] if facts.get("logical") else RANGES.get(facts["dtype"]) or RANGES.get(facts["kind"])
 
 
+def range_option(low: float, high: float) -> str:
+    """The option that takes values from `low` to `high`, with every digit: rounded, it would not hold them."""
+    return f"value_range = [{low!r}, {high!r}]"
+
+
 def unequal(images: int, name: str, rows: int, key: str) -> str:
     """What is told of labels or factors that are not as many as the images."""
     return f"has {images} images, '{name}' {rows} rows: as many are needed; data.{key} = \"\" goes on without"

@@ -76,12 +76,13 @@ def _surveyed(name: str, dataset: Any, path: Path) -> Iterator[Answer]:
     try:
         storage = "contiguous" if dataset.chunks is None else f"chunks of {list(dataset.chunks)}"
         entry |= {**form(dataset), "storage": ", ".join([storage, *filters_of(dataset)]), "problem": unusable(dataset, path)}
-        if entry["problem"] is None and dataset.shape and dataset.size and dataset.dtype.kind in "uif":
+        if entry["problem"] is None and dataset.shape and dataset.size and dataset.dtype.kind in "uifb":
             rows = max(1, SLAB // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
             lowest, highest, nan = math.inf, -math.inf, 0
             for start in range(0, dataset.shape[0], rows):
                 values = dataset[start : start + rows]
                 good = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+                good = good.astype(np.uint8) if good.dtype.kind == "b" else good
                 nan += values.size - good.size
                 if good.size:
                     lowest, highest = min(lowest, good.min().item()), max(highest, good.max().item())

@@ -136,6 +136,8 @@ def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     for name, metric in built.metrics().items():
         for need in metric.needs():
             watcher.say(f"metric {name}: will be skipped in part: {need}")
+        for reason in getattr(metric, "fits", lambda data: ())(data):
+            watcher.say(f"metric {name}: will be skipped: {reason}")
     if built.spec.kind != "image" and not evaluate.drawer(built.metrics()):
         watcher.say("no pictures of samples: such data is drawn by a metric that can, as [metrics.density2d] points of the plane")
     for line in told_of(built):
