@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from siv_core import Component, Gaussian, Networks, Spec, UserError, hookimpl, option
+from siv_core import Component, Gaussian, Networks, Spec, UserError, full_precision, hookimpl, option
 
 CLASS, CONTENT = "class", "content"
 
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         *hidden, head = self.linear
         for layer in hidden:
             h = F.leaky_relu(layer(h), self.slope)
-        mu, logvar = head(h).chunk(2, dim=1)
+        mu, logvar = full_precision(head, h).chunk(2, dim=1)
         return Gaussian(mu, logvar)
 
 
@@ -123,7 +123,7 @@ class AdaINDecoder(nn.Module):
             x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2.0, mode="nearest")), self.slope)
             x = self.adain(x, modulation(codes[CLASS]))
         wide, last = self.output
-        x = last(F.leaky_relu(wide(x), self.slope))
+        x = full_precision(last, F.leaky_relu(wide(x), self.slope))
         if self.value_range is None:
             return x
         low, high = self.value_range

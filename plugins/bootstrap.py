@@ -1,8 +1,9 @@
 """Objective `bootstrap_soft_intro_vae`: Soft-IntroVAE whose fakes are decoded again by a slowly following copy of the decoder.
 
 From the published code (github.com/taldatech/soft-intro-vae-pytorch, soft_intro_vae_bootstrap; no paper describes it). Letters as
-in `siv_core.objectives.introspective`; D⁻ is the target, a copy of D made every k epochs. Unlike there, D⁻ begins as D and not at
-random, and a warm-up with the objective `vae` trains D itself. `stop_gradient` concerns the encoder's phase alone.
+in `siv_core.objectives.introspective`; D⁻ is the target, a copy of D made at the end of epochs 1, k + 1, 2k + 1, …. Unlike there,
+D⁻ begins as D and not at random, and a warm-up with the objective `vae` trains D itself. `stop_gradient` concerns the encoder's
+phase alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TARGET = "target"
 @frozen
 class BootstrapConfig(SoftIntroVAEConfig):
     gamma_r: float = option(1.0, doc="g, weight of the fakes' reconstruction by the target in the decoder's loss", ge=0)
-    copy_epochs: int = option(1, doc="k: the target is copied from the decoder at the end of every k-th epoch", ge=1)
+    copy_epochs: int = option(1, doc="k: the target is copied from the decoder at the end of epochs 1, k + 1, 2k + 1, …", ge=1)
 
 
 def decoder_loss(
@@ -62,7 +63,7 @@ def build(config: BootstrapConfig, spec: Spec, groups: dict[str, int]) -> Object
     return evolve(
         base,
         phases=(Phase("encoder", ("encoder",), encoder), Phase("decoder", ("decoder",), decoder)),
-        shadows=(Shadow(TARGET, "decoder", copy_every_epochs=config.copy_epochs),),
+        shadows=(Shadow(TARGET, "decoder", copy_every_epochs=config.copy_epochs, first_copy_epochs=1),),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from siv_core import Component, Gaussian, Networks, Spec, hookimpl, option
+from siv_core import Component, Gaussian, Networks, Spec, full_precision, hookimpl, option
 
 
 @frozen
@@ -28,6 +28,13 @@ def layers(widths: tuple[int, ...], slope: float) -> nn.Sequential:
     return nn.Sequential(*parts[:-1])
 
 
+def through(body: nn.Sequential, x: Tensor) -> Tensor:
+    *hidden, last = body
+    for layer in hidden:
+        x = layer(x)
+    return full_precision(last, x)
+
+
 class Encoder(nn.Module):
     def __init__(self, widths: tuple[int, ...], slope: float, conditions: int) -> None:
         super().__init__()
@@ -36,7 +43,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Gaussian]:
         h = with_labels(x.flatten(1), labels, self.conditions)  # [N, D + conditions]
-        mu, logvar = self.body(h).chunk(2, dim=1)
+        mu, logvar = through(self.body, h).chunk(2, dim=1)
         return {"z": Gaussian(mu, logvar)}
 
 
@@ -54,7 +61,7 @@ class Decoder(nn.Module):
         self.body = layers((widths[0] + conditions, *widths[1:]), slope)
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None, noise: None = None) -> Tensor:
-        x = self.body(with_labels(codes["z"], labels, self.conditions)).unflatten(1, self.shape)
+        x = through(self.body, with_labels(codes["z"], labels, self.conditions)).unflatten(1, self.shape)
         if self.value_range is None:
             return x
         low, high = self.value_range

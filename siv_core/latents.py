@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,14 +54,36 @@ def largest_logvar(q: Posterior) -> Tensor:
     return torch.cat([gaussian.logvar.detach() for gaussian in q.values()], dim=1).abs().amax(dim=1)
 
 
+class Bound(torch.autograd.Function):
+    """x between low and high. Where x is beyond one of them only a gradient passes whose descent leads back: x can return, where
+    the gradient of a clamp would leave it out there for good, and goes no further out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return torch.clamp(x, low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, low, high = ctx.saved_tensors
+        further = ((x < low) & (gradient > 0)) | ((x > high) & (gradient < 0))
+        return gradient.masked_fill(further, 0.0), None, None
+
+
 def bound_logvar(q: Posterior, bound: float | None) -> Posterior:
-    """Log-variances clamped to ±bound; None leaves them free."""
+    """Log-variances kept within ±bound as `Bound` does; None leaves them free."""
     if bound is None:
         return q
-    return {group: Gaussian(mu, logvar.clamp(-bound, bound)) for group, (mu, logvar) in q.items()}
+    limits = {group: (gaussian.logvar.new_full((), -bound), gaussian.logvar.new_full((), bound)) for group, gaussian in q.items()}
+    return bound_groups(q, limits)
 
 
 def bound_groups(q: Posterior, bounds: Mapping[str, tuple[Tensor, Tensor] | None]) -> Posterior:
-    """Log-variances of these groups clamped between (low [d], high [d]); None and groups that are not named stay free."""
+    """Log-variances of these groups kept between (low [d], high [d]); None and groups that are not named stay free."""
     given = {group: pair for group, pair in bounds.items() if pair is not None}
-    return {**q, **{group: Gaussian(q[group].mu, q[group].logvar.clamp(*pair)) for group, pair in given.items()}} if given else q
+    return {**q, **{group: Gaussian(q[group].mu, Bound.apply(q[group].logvar, *pair)) for group, pair in given.items()}}

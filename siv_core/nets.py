@@ -116,6 +116,13 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """layer(x) in float32 at least, within autocast too: for an encoder's head and a decoder's last layers, since what bf16 makes
+    of means, log-variances and pixels (a sigmoid above 0.998 is 1) the loss would see."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(_widen(x))
+
+
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 

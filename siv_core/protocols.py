@@ -242,7 +242,9 @@ class Shadow:
     warm_up: float = 0.0  # the half-life is at most this share of the images seen; 0: the same from the start
     average_buffers: bool = False  # else they are copied
     copy_every_images: int | None = None
+    first_copy_images: int | None = None  # None: like all others, after `copy_every_images`
     copy_every_epochs: int | None = None  # the trainer knows how many images that are
+    first_copy_epochs: int | None = None  # of those; None: like all others, after `copy_every_epochs`
 
 
 @frozen

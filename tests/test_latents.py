@@ -77,8 +77,36 @@ def test_the_bound_on_log_variances():
     assert bounded.logvar.tolist() == [[-20.0, -20.0, pytest.approx(0.3), 20.0, 20.0]]
     assert latents.bound_logvar(q, None) is q
     kl_standard(bounded).sum().backward()
-    assert logvar.grad.isfinite().all()
-    assert logvar.grad[0, [0, 4]].tolist() == [0.0, 0.0]
+    expected = [0.5 * (math.exp(value) - 1) for value in (-20.0, -20.0, 0.3, 20.0, 20.0)]
+    assert logvar.grad[0].tolist() == pytest.approx(expected)  # beyond the bound: that of the bound, since it leads back
+
+
+@pytest.mark.parametrize(("beyond", "sign"), [(-21.0, 1.0), (21.0, -1.0)])
+def test_a_log_variance_beyond_its_bound_comes_back_and_goes_no_further(beyond, sign):
+    """What descends `sign` · log-variance pushes it on; what descends the opposite brings it back."""
+    for direction, expected in ((sign, 0.0), (-sign, -sign)):
+        logvar = torch.full((3, 1), beyond, requires_grad=True)
+        bounded = latents.bound_logvar({"z": Gaussian(torch.zeros(3, 1), logvar)}, 20.0)["z"]
+        (direction * bounded.logvar).sum().backward()
+        assert logvar.grad.flatten().tolist() == [expected] * 3
+
+
+def test_the_bound_of_stacked_runs_is_that_of_each():
+    logvar = torch.tensor([[[-30.0, 1.0], [30.0, 2.0]], [[0.5, 40.0], [-40.0, 3.0]]], requires_grad=True)  # [R, N, d]
+    low, high = torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 1.5])
+
+    def bounded(own):
+        return latents.bound_groups({"z": Gaussian(torch.zeros_like(own), own)}, {"z": (low, high)})["z"].logvar
+
+    def loss(own):
+        return bounded(own).square().sum()
+
+    stacked = torch.func.vmap(loss)(logvar)
+    [gradient] = torch.autograd.grad(stacked.sum(), logvar)
+    for run, own in zip(gradient, logvar.detach(), strict=True):
+        own.requires_grad_()
+        assert torch.equal(torch.autograd.grad(loss(own), own)[0], run)
+    assert gradient[0].tolist() == [[-4.0, 2.0], [4.0, 3.0]]
 
 
 def test_detach():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toys
-from siv_plugins import bootstrap
+from siv_plugins import adain, bootstrap, mlp
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -273,6 +273,42 @@ def test_intro_vae_is_each_published_form(preset, groups):
     agree(list(grads_d["decoder"]), list(torch.autograd.grad(naive_d, list(s.naive_D.parameters()))))
 
 
+@pytest.mark.parametrize("kind", ["sample", "batch"])
+@pytest.mark.parametrize("groups", ["one", "two"])
+def test_the_hinge_of_intro_vae_on_the_elbo(groups, kind):
+    s = setting(GROUPS[groups])
+    b = {**BETAS[groups], "beta_neg": 0.7}
+    one = build_intro_vae(IntroVAEConfig(hinge_on="elbo"), SPEC, s.groups)
+    noise = to_double(one.draw(N, Streams(1, 7), s.sources))
+    betas = per_group(b["beta_kl"], s.groups)
+    q = s.naive_E(s.x)
+    z = naive_sample(q, noise["posterior"])
+    x = {"rec": s.naive_D(z), "prior": s.naive_D(noise["prior"])}
+    pushed, losses = [], []
+    for name, fake in x.items():
+        fake = fake.detach()
+        q_f = s.naive_E(fake)
+        again = s.naive_D(naive_sample(q_f, noise["encoder_phase"][name]["codes"]))
+        losses.append(b["beta_rec"] * squared(fake, again) + sum(betas[g] * k for g, k in naive_kl(q_f).items()))
+    margin = float(torch.stack(losses).detach().quantile(0.55))  # some are beyond it, none at its kink
+    for loss in losses:
+        each = torch.relu(margin - loss).mean() if kind == "sample" else torch.relu(margin - loss.mean())
+        pushed.append(0.7 * each)
+    objective = build_intro_vae(IntroVAEConfig(**b, margin=margin, scale=0.9, hinge=kind, hinge_on="elbo"), SPEC, s.groups)
+    (loss_e, grads_e), (loss_d, _) = play(objective, s, noise)
+    kl = sum(betas[g] * k.mean() for g, k in naive_kl(q).items())
+    naive_e = 0.9 * (b["beta_rec"] * squared(s.x, x["rec"]).mean() + kl + sum(pushed))
+    assert sum(pushed) > 0
+    agree(loss_e, naive_e)
+    agree(list(grads_e["encoder"]), list(torch.autograd.grad(naive_e, list(s.naive_E.parameters()))))
+    # the decoder's half knows nothing of it
+    plain = build_intro_vae(IntroVAEConfig(**b, scale=0.9, hinge=kind), SPEC, s.groups)
+    assert torch.equal(loss_d, play(plain, s, noise)[1][0])
+    for name in ("beta_neg", "margin"):
+        with pytest.raises(UserError, match=f"objective.{name}: with hinge_on = 'elbo' there is one for all latent groups"):
+            build_intro_vae(IntroVAEConfig(**{name: dict.fromkeys(s.groups, 1.0)}, hinge_on="elbo"), SPEC, s.groups)
+
+
 def test_the_settings_of_intro_vae_override_its_preset():
     spelt = {"fakes": ("rec", "prior"), "hinge": "batch", "average": "mean", "decoder_weight": "beta_kl"}
     one, other = (
@@ -355,9 +391,9 @@ def test_bootstrap_decodes_fakes_again_by_the_target(groups):
     agree(list(grads_d["decoder"]), list(torch.autograd.grad(naive_d, list(s.naive_D.parameters()))))
 
 
-def test_the_target_is_the_decoder_at_first_and_a_copy_at_the_end_of_every_kth_epoch(catalogue, tmp_path):
+def test_the_target_is_the_decoder_at_first_and_a_copy_after_epochs_1_and_k_plus_1(catalogue, tmp_path):
     objective = {"name": "bootstrap_soft_intro_vae", "beta_neg": 4.0, "copy_epochs": 2}
-    stages = [{"length": "2 steps", "objective": {"name": "vae"}}, {"length": "64 steps"}]
+    stages = [{"length": "2 steps", "objective": {"name": "vae"}}, {"length": "70 steps"}]
     tree = toys.tree(objective=objective, stages=stages, train={"batch": 64, "checkpoint": "1000 steps"})
     t = toys.trainer(catalogue, tmp_path, tree)
     [follower] = t.followers
@@ -373,8 +409,8 @@ def test_the_target_is_the_decoder_at_first_and_a_copy_at_the_end_of_every_kth_e
     seen_before = [start]
     t.followers[0] = SimpleNamespace(follow=watched, rule=follower.rule, key=follower.key, module=follower.module)
     assert t.run() == "finished"
-    # 1,400 images an epoch, 64 a step: two epochs are over in step 44
-    assert [step for step, copied in enumerate(seen, 1) if copied] == [44]
+    # 1,400 images an epoch, 64 a step: one epoch is over in step 22, three in step 66
+    assert [step for step, copied in enumerate(seen, 1) if copied] == [22, 66]
     assert not toys.same(start, toys.weights(t, "decoder"))
 
 
@@ -406,6 +442,28 @@ def test_the_loss_is_float32_under_bf16_networks():
     assert q.mu.dtype == q.logvar.dtype == torch.float32
     assert nets.decoder({"z": q.mu}).dtype == torch.float32
     assert make_nets({"encoder": s.naive_E}, squared).encoder(s.x)["z"].mu.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["mlp", "adain"])
+def test_heads_and_outputs_of_bf16_networks_are_not_rounded_to_bf16(name):
+    spec = Spec(shape=(3, 16, 16))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "mlp":
+            nets = mlp.build(mlp.MLPConfig(hidden=(32,), output="sigmoid"), spec)
+        else:
+            small = {"encoder_channels": (8, 8), "encoder_hidden": (8,), "decoder_channels": (8, 8), "output_channels": 8}
+            nets = adain.build(adain.AdaINConfig(**small, stem_kernel=0), spec)
+        for own in nets.decoder.parameters():
+            own.data *= 3  # so that pixels come near 0 and 1
+        x = torch.rand(64, 3, 16, 16)
+        codes = {group: torch.randn(64, d) for group, d in nets.groups.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        q, pixels = nets.encoder(x), nets.decoder(codes)
+    for values in (*(part for gaussian in q.values() for part in gaussian), pixels):
+        assert values.dtype == torch.float32
+        assert (values != values.bfloat16().float()).float().mean() > 0.9
+    assert (pixels == 1).float().mean() < 0.01
 
 
 def test_log_variances_are_bounded_in_one_place():

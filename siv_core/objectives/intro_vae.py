@@ -12,12 +12,15 @@ from typing import Any
 from attrs import frozen
 from torch import Tensor
 
-from siv_core import losses
+from siv_core import latents, losses
 from siv_core.component import Component, PerGroup, option, per_group
+from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
 from siv_core.objectives import introspective
 from siv_core.objectives.introspective import PRIOR, REC, Half, Realised
 from siv_core.protocols import Batch, Coeffs, Nets, Noise, Objective, Phase, Spec, Terms
+
+ELBO = "elbo"
 
 
 @frozen
@@ -28,6 +31,7 @@ class Form:
     hinge: str  # "sample": [m − K]⁺ of each sample; "batch": of the batch's mean K
     average: str  # over the fakes: "sum" or "mean"
     decoder_weight: str  # of the fakes' K in the decoder's loss: "beta_neg" or "beta_kl"
+    hinge_on: str = "kl"  # or "elbo": [m − L]⁺ of the fakes' whole loss L = B_r r + Σ_g B_k K_g, their negative ELBO
 
 
 PRESETS = {
@@ -56,6 +60,11 @@ class IntroVAEConfig:
     hinge: str = option(
         "", doc="on the KL of each sample, or of the batch's mean; empty: the preset's", choices=("", "sample", "batch")
     )
+    hinge_on: str = option(
+        "kl",
+        doc="kl: fakes are pushed by their KL; elbo: by B_r r + B_k K, their negative ELBO; beta_neg and margin are then of that",
+        choices=("kl", "elbo"),
+    )
     average: str = option("", doc="over the fakes; empty: the preset's", choices=("", "sum", "mean"))
     decoder_weight: str = option(
         "", doc="which beta weighs the fakes' KL for the decoder; empty: the preset's", choices=("", "beta_neg", "beta_kl")
@@ -64,14 +73,15 @@ class IntroVAEConfig:
 
 
 def hinge(kl: Mapping[str, Tensor], margin: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: str, nets: Nets) -> Tensor:
-    """Σ_g B_n [m_g − K_g]⁺ as [N]; kind "batch" has ⟨K_g⟩ in place of each K_g."""
+    """Σ_g B_n [m_g − K_g]⁺ as [N]; kind "batch" has ⟨K_g⟩ in place of each K_g. `kl` may be another energy."""
     own = {group: value if kind == "sample" else nets.mean(value).expand_as(value) for group, value in kl.items()}
     return losses.weighted({group: (margin[group] - value).clamp(min=0.0) for group, value in own.items()}, weights)
 
 
 def encoder_half(nets: Nets, prior: Realised, batch: Batch, noise: Noise, c: Coeffs, *, form: Form) -> Half:
     """E descends: s⟨ B_r r(x, x_rec) + Σ_g B_k K_g(x) + w Σ_f Σ_g B_n [m_g − K_g(sg x_f)]⁺ ⟩, w = 1 or 1/F; a prior's regulariser
-    comes on top."""
+    comes on top. With the hinge on the ELBO, B_n [m − B_r r(sg x_f, D(z_f)) − Σ_g B_k K_g(sg x_f)]⁺, z_f ~ E(sg x_f), are summed.
+    """
     x, labels = batch  # [N, …], [N]
     q = nets.encoder(x, labels)  # {g: mu, logvar [N, d_g]}
     z, made, carry = introspective.encoder_phase_fakes(nets, prior, batch, noise, q)
@@ -80,10 +90,17 @@ def encoder_half(nets: Nets, prior: Realised, batch: Batch, noise: Noise, c: Coe
     loss = c["beta_rec"] * rec + losses.weighted(kl, c["beta_kl"])  # [N]
     terms = introspective.real_terms(rec, kl, q)
     for name in form.fakes:
-        kl_f = losses.kl(nets.encoder(made[name].detach(), labels), prior, noise["encoder_phase"][name]["kl"], labels)  # {g: [N]}
-        pushed = hinge(kl_f, c["margin"], c["beta_neg"], form.hinge, nets)  # [N]
+        x_f, own = made[name].detach(), noise["encoder_phase"][name]
+        q_f = nets.encoder(x_f, labels)  # {g: mu, logvar [N, d_g]}
+        kl_f = energy = losses.kl(q_f, prior, own["kl"], labels)  # {g: [N]}
+        terms.update(losses.kl_terms(name, kl_f))
+        if form.hinge_on == "elbo":
+            rec_f = nets.reconstruction(x_f, nets.decoder(latents.sample(q_f, own["codes"]), labels, own["decoder"]))  # [N]
+            energy = {ELBO: c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_kl"])}
+            terms[f"rec_{name}"] = rec_f
+        pushed = hinge(energy, c["margin"], c["beta_neg"], form.hinge, nets)  # [N]
         loss = loss + c["average"] * pushed
-        terms.update({**losses.kl_terms(name, kl_f), f"hinge_{name}": pushed})
+        terms[f"hinge_{name}"] = pushed
     loss, terms = introspective.regularised(c["scale"] * loss, terms, prior, z, c, nets)
     return Half(loss, terms, q, carry)
 
@@ -112,7 +129,7 @@ def decoder_half(
     terms: Terms = {"rec_real": rec}
     for name in form.fakes:
         kl_f = losses.kl(nets.encoder(made[name], labels), prior, noise["decoder_phase"][name]["kl"], labels)  # {g: [N]}
-        loss = loss + c["average"] * losses.weighted(kl_f, c[form.decoder_weight])
+        loss = loss + c["average"] * losses.weighted(kl_f, c["beta_fake"])
         terms.update(losses.kl_terms(name, kl_f))
     return Half(c["scale"] * loss, terms, q, carry)
 
@@ -140,19 +157,26 @@ def build_intro_vae(config: IntroVAEConfig, spec: Spec, groups: dict[str, int]) 
         config.hinge or preset.hinge,
         config.average or preset.average,
         config.decoder_weight or preset.decoder_weight,
+        config.hinge_on,
     )
+    on_elbo = form.hinge_on == ELBO
+    for name in ("beta_neg", "margin"):
+        if on_elbo and isinstance(getattr(config, name), Mapping):
+            raise UserError(f"objective.{name}: with hinge_on = {ELBO!r} there is one for all latent groups, a number")
+    hinged = {ELBO: 1} if on_elbo else groups
     encoder = partial(encoder_loss, form=form)
     decoder = partial(decoder_loss, form=form, share_noise=config.share_noise)
     return Objective(
         phases=(Phase("encoder", ("encoder",), encoder), Phase("decoder", ("decoder",), decoder)),
-        draw=partial(introspective.draw, fakes=form.fakes, share_noise=config.share_noise, re_decode=False),
+        draw=partial(introspective.draw, fakes=form.fakes, share_noise=config.share_noise, re_decode=on_elbo),
         coeffs={
             "scale": losses.scale_of(config.scale, spec),
             "average": 1.0 if form.average == "sum" else 1.0 / len(form.fakes),
             "beta_rec": config.beta_rec,
             "beta_kl": per_group(config.beta_kl, groups),
-            "beta_neg": per_group(config.beta_neg, groups),
-            "margin": per_group(config.margin, groups),
+            "beta_neg": per_group(config.beta_neg, hinged),
+            "beta_fake": per_group(getattr(config, form.decoder_weight), groups),
+            "margin": per_group(config.margin, hinged),
         },
         batch_statistic=form.hinge == "batch",
     )

@@ -92,7 +92,14 @@ class Follower:
     @classmethod
     def of(cls, rule: Shadow, player: Player, epoch_images: int) -> Follower:
         if rule.copy_every_epochs is not None:
-            rule = evolve(rule, copy_every_images=rule.copy_every_epochs * epoch_images, copy_every_epochs=None)
+            first = rule.copy_every_epochs if rule.first_copy_epochs is None else rule.first_copy_epochs
+            rule = evolve(
+                rule,
+                copy_every_images=rule.copy_every_epochs * epoch_images,
+                first_copy_images=first * epoch_images,
+                copy_every_epochs=None,
+                first_copy_epochs=None,
+            )
         return cls(rule, copy.deepcopy(player.module).requires_grad_(False))
 
     @property
@@ -104,7 +111,8 @@ class Follower:
         """Called after every step: an average moves by 1 − ½^(images/half-life), a copy at each of its marks."""
         rule = self.rule
         if rule.copy_every_images is not None:
-            if images_now // rule.copy_every_images > images_before // rule.copy_every_images:
+            first = rule.copy_every_images if rule.first_copy_images is None else rule.first_copy_images
+            if (images_now - first) // rule.copy_every_images > max(-1, (images_before - first) // rule.copy_every_images):
                 self.module.load_state_dict(source.state_dict())
         elif rule.half_life_images is not None:
             half_life = min(rule.half_life_images, rule.warm_up * images_now) if rule.warm_up else rule.half_life_images
