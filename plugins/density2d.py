@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from attrs import frozen
 from numpy.typing import NDArray
+from siv_plugins import plane
 from torch import Tensor
 
 from siv_core import latents
@@ -36,9 +37,7 @@ DATA_POINTS = 100 * 128  # of the official gnELBO
 PIECE_SAMPLES = 20_000  # that are asked which mode they belong to
 CHUNK = 1 << 15  # points between two signs of life
 SMOOTHING = 0.5  # counts added to every bin (Jeffreys' prior) before the clean KL
-PIXELS = 380  # of a panel
 DRAWN_DATA, DRAWN_GRID = 5000, 300  # points of data, and points a side of the density, in a picture
-DATA_COLOUR, SAMPLE_COLOUR = "#b9b9b9", "#c8371f"
 
 Floats = NDArray[np.float64]
 Values = dict[str, float | str]
@@ -46,8 +45,8 @@ Values = dict[str, float | str]
 
 @frozen
 class Density2DConfig:
-    beta_rec: float = option(1.0, doc="the objective's, for clean.elbo alone", gt=0)
-    beta_kl: float = option(1.0, doc="the objective's, for clean.elbo alone", gt=0)
+    beta_rec: float = option(1.0, doc="the objective's, for clean.elbo and clean.nll.own_betas", gt=0)
+    beta_kl: float = option(1.0, doc="the objective's, for clean.elbo and clean.nll.own_betas", gt=0)
     redraws: int = option(10, doc="times that the official numbers are taken, each with fresh samples", ge=2)
     clean_samples: int = option(200_000, doc="of data and of model, for the clean divergences", ge=1000)
     clean_bins: int = option(50, doc="a side, for the clean divergences", ge=2)
@@ -165,12 +164,12 @@ class Density2D:
         sources, law = Sources(draw, model, self.config.seed), getattr(data, "law", None)
         held_out = data.rows("held_out")
         x = images(held_out, torch.arange(len(held_out)), model.spec)
-        grid = self.energies(model, square((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
-        values = self.gnelbo(model, grid, sources, progress)
+        grid = self.energies(model, plane.square((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
+        values = self.gnelbo(model, grid[0] + grid[1], sources, progress)
         values.update(self.histograms(sources, progress))
         values.update(self.likelihood(model, grid, x, law))
         divergences, binned = self.divergences(law, sources, progress)
-        picture = draw_histograms(binned, self.half_range)
+        picture = plane.draw_histograms(binned, self.half_range)
         return Measurement({**values, **divergences}, self.protocol(len(x), law), {"histograms": picture})
 
     def draw(self, models: Mapping[str, Model], data: Dataset | None, seed: int, count: int) -> Picture | None:
@@ -182,27 +181,28 @@ class Density2D:
             held_out = data.rows("held_out")
             chosen = torch.randperm(len(held_out), generator=Streams(seed, 0)("show"))[:DRAWN_DATA].sort().values
             real = images(held_out, chosen, next(iter(models.values())).spec)
-        figure, axes = canvas(*((1, 2) if len(models) == 1 else (2, len(models))))
-        points = square((-self.half_range, self.half_range), DRAWN_GRID)
+        figure, axes = plane.canvas(*((1, 2) if len(models) == 1 else (2, len(models))))
+        points = plane.square((-self.half_range, self.half_range), DRAWN_GRID)
         for (title, model), (above, below) in zip(models.items(), axes if len(models) == 1 else axes.T, strict=True):
             rec, kl = model.energy(points)
-            draw_samples(above, model.sample(count, seed).cpu(), real, self.half_range, title)
-            draw_density(below, (rec + kl).cpu().unflatten(0, (DRAWN_GRID, DRAWN_GRID)), self.half_range)
-        return pixels(figure)
+            plane.draw_samples(above, model.sample(count, seed).cpu(), real, self.half_range, title)
+            plane.draw_density(below, (rec + kl).cpu().unflatten(0, (DRAWN_GRID, DRAWN_GRID)), self.half_range)
+        return plane.pixels(figure)
 
-    def energies(self, model: Model, points: Tensor, progress: Progress, what: str) -> Tensor:
-        """KL + ‖x − D(mu)‖² of points [n, 2]: [n], float64 on the CPU."""
+    def energies(self, model: Model, points: Tensor, progress: Progress, what: str) -> tuple[Tensor, Tensor]:
+        """‖x − D(mu)‖² and KL of points [n, 2]: [n] each, float64 on the CPU."""
         parts = []
         for i, chunk in enumerate(points.split(CHUNK)):
             progress(f"{WHAT}: {what}", i * CHUNK, len(points))
-            rec, kl = model.energy(chunk)
-            parts.append((rec + kl).cpu())
-        return torch.cat(parts)
+            parts.append([part.cpu() for part in model.energy(chunk)])
+        rec, kl = map(torch.cat, zip(*parts, strict=True))
+        return rec, kl
 
     def gnelbo(self, model: Model, grid: Tensor, sources: Sources, progress: Progress) -> Values:
         n = self.config.redraws
         points = torch.cat([sources.real(DATA_POINTS, "gnelbo", i) for i in range(n)])
-        taken = [gnelbo(grid, energies) for energies in self.energies(model, points, progress, "energy of data").chunk(n)]
+        rec, kl = self.energies(model, points, progress, "energy of data")
+        taken = [gnelbo(grid, energies) for energies in (rec + kl).chunk(n)]
         chance = 1e7 / (len(grid) + DATA_POINTS)
         return {**mean_and_sd("official.gnelbo", taken), "official.gnelbo.constant_energy": chance}
 
@@ -228,17 +228,24 @@ class Density2D:
             values.update(mean_and_sd(f"official.{name}.floor", floors))
         return values
 
-    def likelihood(self, model: Model, grid: Tensor, x: Tensor, law: Any) -> Values:
-        """Of held-out samples x, in nats: the normalised energy, and the objective's ELBO with its decoder's variance."""
+    def likelihood(self, model: Model, grid: tuple[Tensor, Tensor], x: Tensor, law: Any) -> Values:
+        """Of held-out samples x, in nats: the normalised energy, with betas of 1 and with the objective's, and the objective's
+        ELBO with its decoder's variance."""
         rec, kl = (part.cpu() for part in model.energy(x))
-        nll = float((rec + kl).mean()) + log_integral(grid.unflatten(0, (GRID, GRID)), self.half_range)
+
+        def nll(ratio: float) -> float | str:
+            energy = (ratio * grid[0] + grid[1]).unflatten(0, (GRID, GRID))
+            value = float((ratio * rec + kl).mean()) + log_integral(energy, self.half_range)
+            return finite(value, "a held-out energy, or the integral over the grid, is not finite")
+
         z = latents.sample(model.encode(x), self.posterior_noise(model, len(x)))
         sampled_rec = (x - model.decode(z).cpu()).double().square().sum(dim=1)
         ratio = self.config.beta_rec / self.config.beta_kl  # a Gaussian decoder of variance beta_kl / (2 beta_rec)
         elbo = float((-ratio * sampled_rec - kl).mean()) + math.log(ratio / math.pi)
         entropy = "the data set does not tell its entropy" if law is None else law.entropy
         return {
-            "clean.nll": finite(nll, "a held-out energy, or the integral over the grid, is not finite"),
+            "clean.nll": nll(1.0),
+            "clean.nll.own_betas": nll(ratio),
             "clean.nll.floor": entropy,
             "clean.elbo": finite(elbo, "the ELBO of a held-out sample is not finite"),
             "clean.elbo.floor": entropy if isinstance(entropy, str) else -entropy,
@@ -287,11 +294,13 @@ class Density2D:
             f" q + {EPSILON:g}, samples outside left out, sum / {BINS}; the paper's unit",
             "official.jsd": "as official.kl: (KL(M | data) + KL(M | model)) / 2 with M their mean; reversed; the paper's unit",
             "clean.nll": f"nats; energy normalised over the {GRID} x {GRID} grid (trapezoidal rule), {held_out} held-out samples",
+            "clean.nll.own_betas": "as clean.nll, of the objective's energy, KL + beta_rec / beta_kl * |x - D(mu)|^2",
             "clean.elbo": f"nats; E_q log N(x; D(z), beta_kl / (2 beta_rec)) - KL, one z a sample, {held_out} held-out samples",
             "beta_rec": config.beta_rec,
             "beta_kl": config.beta_kl,
             "clean.kl": f"nats; KL(data | model) of masses, {config.clean_samples} samples each, {config.clean_bins} x"
-            f" {config.clean_bins} bins and one for all outside, {SMOOTHING:g} added to each count",
+            f" {config.clean_bins} bins of {2 * self.half_range / config.clean_bins:g} a side and one for all outside,"
+            f" {SMOOTHING:g} added to each count; a lower bound of the densities' KL, blind to what is smaller than a bin",
             "clean.jsd": "nats, at most ln 2; the same bins, nothing added",
             "clean.outside": "share of the samples outside the range",
             "clean.modes": f"share of the modes with at least a tenth of the data's samples on it, {PIECE_SAMPLES} of each",
@@ -319,72 +328,6 @@ def piece_counts(law: Any, points: Tensor) -> tuple[Floats, float]:
     on = law.distance(points) <= law.tolerance
     found = torch.bincount(law.mode_of(points[on]), minlength=law.modes)
     return found.double().numpy(), float((~on).double().mean())
-
-
-# -- pictures --------------------------------------------------------------------------------------------------------------------
-
-
-def square(value_range: tuple[float, float], size: int) -> Tensor:
-    """Points [size², 2] of the square with both ends, x slowest."""
-    side = torch.linspace(*value_range, size)
-    return torch.cartesian_prod(side, side)
-
-
-def canvas(rows: int, columns: int) -> tuple[Any, Any]:
-    """A figure of square panels with room for a title, and its axes [rows, columns]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(columns * PIXELS / 100, rows * (PIXELS + 20) / 100), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def pixels(figure: Any) -> Picture:
-    figure.canvas.draw()
-    return np.array(figure.canvas.buffer_rgba())[:, :, :3].copy()
-
-
-def draw_samples(axes: Any, samples: Tensor, data: Tensor | None, half_range: float, title: str = "") -> None:
-    """Samples [n, 2] over data [m, 2]; how many of each, and how many of the samples lie outside, is told."""
-    told = []
-    if data is not None:
-        axes.scatter(*data.double().numpy().T, s=6, color=DATA_COLOUR, linewidths=0)
-        told.append(f"{len(data):,} of data (grey)")
-    axes.scatter(*samples.double().numpy().T, s=1.6, color=SAMPLE_COLOUR, linewidths=0)
-    outside = int((~(samples.abs() <= half_range).all(dim=1)).sum())
-    told.append(f"{len(samples):,} samples" + (f", {outside:,} outside" if outside else ""))
-    axes.set_title("\n".join(filter(None, [title, ", ".join(told)])), fontsize=8)
-    axes.set(xlim=(-half_range, half_range), ylim=(-half_range, half_range), aspect="equal")
-    axes.tick_params(labelsize=7)
-
-
-def draw_density(axes: Any, energy: Tensor, half_range: float) -> None:
-    """exp(−energy [G, G]) on `square`, not normalised: black where it is 0, bright at its largest; the largest is told."""
-    density = np.nan_to_num(torch.exp(-energy.double()).numpy())
-    draw_map(axes, density, half_range, f"exp(ELBO), at most {density.max():.3g}")
-
-
-def draw_map(axes: Any, values: Floats, half_range: float, title: str, cmap: str = "inferno", **limits: float) -> None:
-    """Values [G, G] on [−L, L]², first axis x."""
-    extent = (-half_range, half_range) * 2
-    axes.imshow(values.T, origin="lower", extent=extent, cmap=cmap, interpolation="nearest", **limits)
-    axes.set_title(title, fontsize=8)
-    axes.tick_params(labelsize=7)
-
-
-def draw_histograms(binned: Sequence[Floats], half_range: float) -> Picture:
-    """What the clean divergences are made of: roots of the shares of data and of model in one scale, and the model's surplus."""
-    shares = [counted[:-1] / counted.sum() for counted in binned]
-    side, most = math.isqrt(len(shares[0])), max(1e-12, *(float(share.max()) for share in shares)) ** 0.5
-    data, model = (share.reshape(side, side) for share in shares)
-    figure, [(left, middle, right)] = canvas(1, 3)
-    draw_map(left, np.sqrt(data), half_range, "√ share of data", vmin=0.0, vmax=most)
-    told = f"√ share of model, {binned[1][-1] / binned[1].sum():.1%} outside"
-    draw_map(middle, np.sqrt(model), half_range, told, vmin=0.0, vmax=most)
-    told = f"±√ of model − data, ½ Σ∣·∣ = {0.5 * np.abs(model - data).sum():.3f}"
-    draw_map(right, np.sign(model - data) * np.sqrt(np.abs(model - data)), half_range, told, "RdBu_r", vmin=-most, vmax=most)
-    return pixels(figure)
 
 
 def build(config: Density2DConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:
