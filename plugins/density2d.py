@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from attrs import frozen
 from numpy.typing import NDArray
-from siv_plugins import plane
 from torch import Tensor
 
 from siv_core import latents
@@ -37,7 +36,9 @@ DATA_POINTS = 100 * 128  # of the official gnELBO
 PIECE_SAMPLES = 20_000  # that are asked which mode they belong to
 CHUNK = 1 << 15  # points between two signs of life
 SMOOTHING = 0.5  # counts added to every bin (Jeffreys' prior) before the clean KL
+PIXELS = 380  # of a panel
 DRAWN_DATA, DRAWN_GRID = 5000, 300  # points of data, and points a side of the density, in a picture
+DATA_COLOUR, SAMPLE_COLOUR = "#b9b9b9", "#c8371f"
 
 Floats = NDArray[np.float64]
 Values = dict[str, float | str]
@@ -164,12 +165,12 @@ class Density2D:
         sources, law = Sources(draw, model, self.config.seed), getattr(data, "law", None)
         held_out = data.rows("held_out")
         x = images(held_out, torch.arange(len(held_out)), model.spec)
-        grid = self.energies(model, plane.square((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
+        grid = self.energies(model, square((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
         values = self.gnelbo(model, grid[0] + grid[1], sources, progress)
         values.update(self.histograms(sources, progress))
         values.update(self.likelihood(model, grid, x, law))
         divergences, binned = self.divergences(law, sources, progress)
-        picture = plane.draw_histograms(binned, self.half_range)
+        picture = draw_histograms(binned, self.half_range)
         return Measurement({**values, **divergences}, self.protocol(len(x), law), {"histograms": picture})
 
     def draw(self, models: Mapping[str, Model], data: Dataset | None, seed: int, count: int) -> Picture | None:
@@ -181,13 +182,13 @@ class Density2D:
             held_out = data.rows("held_out")
             chosen = torch.randperm(len(held_out), generator=Streams(seed, 0)("show"))[:DRAWN_DATA].sort().values
             real = images(held_out, chosen, next(iter(models.values())).spec)
-        figure, axes = plane.canvas(*((1, 2) if len(models) == 1 else (2, len(models))))
-        points = plane.square((-self.half_range, self.half_range), DRAWN_GRID)
+        figure, axes = canvas(*((1, 2) if len(models) == 1 else (2, len(models))))
+        points = square((-self.half_range, self.half_range), DRAWN_GRID)
         for (title, model), (above, below) in zip(models.items(), axes if len(models) == 1 else axes.T, strict=True):
             rec, kl = model.energy(points)
-            plane.draw_samples(above, model.sample(count, seed).cpu(), real, self.half_range, title)
-            plane.draw_density(below, (rec + kl).cpu().unflatten(0, (DRAWN_GRID, DRAWN_GRID)), self.half_range)
-        return plane.pixels(figure)
+            draw_samples(above, model.sample(count, seed).cpu(), real, self.half_range, title)
+            draw_density(below, (rec + kl).cpu().unflatten(0, (DRAWN_GRID, DRAWN_GRID)), self.half_range)
+        return pixels(figure)
 
     def energies(self, model: Model, points: Tensor, progress: Progress, what: str) -> tuple[Tensor, Tensor]:
         """‖x − D(mu)‖² and KL of points [n, 2]: [n] each, float64 on the CPU."""
@@ -195,48 +196,41 @@ class Density2D:
         for i, chunk in enumerate(points.split(CHUNK)):
             progress(f"{WHAT}: {what}", i * CHUNK, len(points))
             parts.append([part.cpu() for part in model.energy(chunk)])
-        rec, kl = map(torch.cat, zip(*parts, strict=True))
-        return rec, kl
+        return torch.cat([rec for rec, _ in parts]), torch.cat([kl for _, kl in parts])
 
     def gnelbo(self, model: Model, grid: Tensor, sources: Sources, progress: Progress) -> Values:
         n = self.config.redraws
         points = torch.cat([sources.real(DATA_POINTS, "gnelbo", i) for i in range(n)])
-        rec, kl = self.energies(model, points, progress, "energy of data")
-        taken = [gnelbo(grid, energies) for energies in (rec + kl).chunk(n)]
+        energies = torch.stack(self.energies(model, points, progress, "energy of data")).sum(dim=0)
+        taken = [gnelbo(grid, own) for own in energies.chunk(n)]
         chance = 1e7 / (len(grid) + DATA_POINTS)
         return {**mean_and_sd("official.gnelbo", taken), "official.gnelbo.constant_energy": chance}
 
     def histograms(self, sources: Sources, progress: Progress) -> Values:
         """KL and JSD as published, each of fresh samples; their floors are of the data against the data."""
         values: Values = {}
+        nothing = f"none of {SAMPLES} samples lies inside the range"
         for name, divergence in (("kl", official_kl), ("jsd", official_jsd)):
-            taken: list[float | str] = []
-            floors: list[float | str] = []
+            asked = {name: sources.fake, f"{name}.floor": sources.real}
+            taken: dict[str, list[float | str]] = {key: [] for key in asked}
             for i in range(self.config.redraws):
                 progress(f"{WHAT}: official {name}", i, self.config.redraws)
                 p = density(sources.real(SAMPLES, f"{name}.data", i), self.half_range)
-                for kept, points in (
-                    (taken, sources.fake(SAMPLES, name, i)),
-                    (floors, sources.real(SAMPLES, f"{name}.floor", i)),
-                ):
-                    q = density(points, self.half_range)
-                    if p is None or q is None:
-                        kept.append(f"none of {SAMPLES} samples lies inside the range")
-                    else:
-                        kept.append(divergence(p, q))
-            values.update(mean_and_sd(f"official.{name}", taken))
-            values.update(mean_and_sd(f"official.{name}.floor", floors))
+                for key, source in asked.items():
+                    q = density(source(SAMPLES, key, i), self.half_range)
+                    taken[key].append(nothing if p is None or q is None else divergence(p, q))
+            for key, kept in taken.items():
+                values.update(mean_and_sd(f"official.{key}", kept))
         return values
 
     def likelihood(self, model: Model, grid: tuple[Tensor, Tensor], x: Tensor, law: Any) -> Values:
-        """Of held-out samples x, in nats: the normalised energy, with betas of 1 and with the objective's, and the objective's
-        ELBO with its decoder's variance."""
+        """Of held-out samples x, in nats: the normalised energy (betas of 1, and the objective's) and the objective's ELBO."""
         rec, kl = (part.cpu() for part in model.energy(x))
 
         def nll(ratio: float) -> float | str:
             energy = (ratio * grid[0] + grid[1]).unflatten(0, (GRID, GRID))
             value = float((ratio * rec + kl).mean()) + log_integral(energy, self.half_range)
-            return finite(value, "a held-out energy, or the integral over the grid, is not finite")
+            return value if math.isfinite(value) else "a held-out energy, or the integral over the grid, is not finite"
 
         z = latents.sample(model.encode(x), self.posterior_noise(model, len(x)))
         sampled_rec = (x - model.decode(z).cpu()).double().square().sum(dim=1)
@@ -247,7 +241,7 @@ class Density2D:
             "clean.nll": nll(1.0),
             "clean.nll.own_betas": nll(ratio),
             "clean.nll.floor": entropy,
-            "clean.elbo": finite(elbo, "the ELBO of a held-out sample is not finite"),
+            "clean.elbo": elbo if math.isfinite(elbo) else "the ELBO of a held-out sample is not finite",
             "clean.elbo.floor": entropy if isinstance(entropy, str) else -entropy,
         }
 
@@ -274,9 +268,8 @@ class Density2D:
         for suffix, points in ((".floor", drawn[1]), ("", drawn[2])):
             found, off = piece_counts(law, points[:PIECE_SAMPLES])
             values[f"clean.modes{suffix}"] = float((found >= due / 10).mean())
-            values[f"clean.mode_kl{suffix}"] = (
-                kl_nats(found / found.sum(), due / due.sum()) if found.sum() else "no sample is on the support"
-            )
+            shares = found / max(found.sum(), 1)
+            values[f"clean.mode_kl{suffix}"] = kl_nats(shares, due / due.sum()) if shares.any() else "no sample is on the support"
             values[f"clean.off_support{suffix}"] = off
         return values, shown
 
@@ -310,10 +303,6 @@ class Density2D:
         }
 
 
-def finite(value: float, reason: str) -> float | str:
-    return value if math.isfinite(value) else reason
-
-
 def mean_and_sd(name: str, taken: Sequence[float | str]) -> Values:
     """Two values, or the first reason why one could not be taken."""
     reasons = [value for value in taken if isinstance(value, str)]
@@ -328,6 +317,72 @@ def piece_counts(law: Any, points: Tensor) -> tuple[Floats, float]:
     on = law.distance(points) <= law.tolerance
     found = torch.bincount(law.mode_of(points[on]), minlength=law.modes)
     return found.double().numpy(), float((~on).double().mean())
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------------------
+
+
+def square(value_range: tuple[float, float], size: int) -> Tensor:
+    """Points [size², 2] of the square with both ends, x slowest."""
+    side = torch.linspace(*value_range, size)
+    return torch.cartesian_prod(side, side)
+
+
+def canvas(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure of square panels with room for a title, and its axes [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * PIXELS / 100, rows * (PIXELS + 20) / 100), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def pixels(figure: Any) -> Picture:
+    figure.canvas.draw()
+    return np.array(figure.canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def draw_samples(axes: Any, samples: Tensor, data: Tensor | None, half_range: float, title: str = "") -> None:
+    """Samples [n, 2] over data [m, 2]; how many of each, and how many of the samples lie outside, is told."""
+    told = []
+    if data is not None:
+        axes.scatter(*data.double().numpy().T, s=6, color=DATA_COLOUR, linewidths=0)
+        told.append(f"{len(data):,} of data (grey)")
+    axes.scatter(*samples.double().numpy().T, s=1.6, color=SAMPLE_COLOUR, linewidths=0)
+    outside = int((~(samples.abs() <= half_range).all(dim=1)).sum())
+    told.append(f"{len(samples):,} samples" + (f", {outside:,} outside" if outside else ""))
+    axes.set_title("\n".join(filter(None, [title, ", ".join(told)])), fontsize=8)
+    axes.set(xlim=(-half_range, half_range), ylim=(-half_range, half_range), aspect="equal")
+    axes.tick_params(labelsize=7)
+
+
+def draw_density(axes: Any, energy: Tensor, half_range: float) -> None:
+    """exp(−energy [G, G]) on `square`, not normalised: black where it is 0, bright at its largest; the largest is told."""
+    density = np.nan_to_num(torch.exp(-energy.double()).numpy())
+    draw_map(axes, density, half_range, f"exp(ELBO), at most {density.max():.3g}")
+
+
+def draw_map(axes: Any, values: Floats, half_range: float, title: str, cmap: str = "inferno", **limits: float) -> None:
+    """Values [G, G] on [−L, L]², first axis x."""
+    extent = (-half_range, half_range) * 2
+    axes.imshow(values.T, origin="lower", extent=extent, cmap=cmap, interpolation="nearest", **limits)
+    axes.set_title(title, fontsize=8)
+    axes.tick_params(labelsize=7)
+
+
+def draw_histograms(binned: Sequence[Floats], half_range: float) -> Picture:
+    """What the clean divergences are made of: roots of the shares of data and of model in one scale, and the model's surplus."""
+    shares = [counted[:-1] / counted.sum() for counted in binned]
+    side, most = math.isqrt(len(shares[0])), max(1e-12, *(float(share.max()) for share in shares)) ** 0.5
+    data, model = (share.reshape(side, side) for share in shares)
+    figure, [(left, middle, right)] = canvas(1, 3)
+    draw_map(left, np.sqrt(data), half_range, "√ share of data", vmin=0.0, vmax=most)
+    told = f"√ share of model, {binned[1][-1] / binned[1].sum():.1%} outside"
+    draw_map(middle, np.sqrt(model), half_range, told, vmin=0.0, vmax=most)
+    told = f"±√ of model − data, ½ Σ∣·∣ = {0.5 * np.abs(model - data).sum():.3f}"
+    draw_map(right, np.sign(model - data) * np.sqrt(np.abs(model - data)), half_range, told, "RdBu_r", vmin=-most, vmax=most)
+    return pixels(figure)
 
 
 def build(config: Density2DConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:

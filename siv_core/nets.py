@@ -73,7 +73,8 @@ def make_nets(
     """What objectives call. Networks run under `autocast`; what they return, and all loss arithmetic, is at least float32.
 
     `modules` holds "encoder", "decoder", "prior" and shadows ("decoder@target"); they may be functional calls. Log-variances are
-    bounded here and nowhere else, to ±`logvar_bound` and to what the group's prior says, which is asked of `Priors` alone.
+    bounded (`latents.Bound`) here and nowhere else, to ±`logvar_bound` and to what the group's prior says, which is asked of
+    `Priors` alone.
     `settings` are those of `Nets`.
     """
     limits = {group: prior.logvar_bounds for group, prior in getattr(modules.get("prior"), "groups", {}).items()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from siv_plugins import density2d, plane
+from siv_plugins import density2d as plane
 
 from siv_core.errors import UserError
 from siv_core.runs import opened, session, watchers
@@ -83,9 +83,9 @@ clean_samples = 1000
 @pytest.fixture(scope="module")
 def coarse():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(density2d, "DRAWN_GRID", 30)
-        patch.setattr(density2d, "GRID", 30)
-        patch.setattr(density2d, "DATA_POINTS", 100)
+        patch.setattr(plane, "DRAWN_GRID", 30)
+        patch.setattr(plane, "GRID", 30)
+        patch.setattr(plane, "DATA_POINTS", 100)
         yield
 
 

@@ -44,7 +44,7 @@ class Train:
     channels_last: bool = option(False, doc="memory layout of images and convolutions")
     conditional: bool = option(False, doc="give the labels to the networks")
     horizontal_flips: bool = option(False, doc="mirror each training image left to right with probability 1/2")
-    logvar_bound: float = option(20.0, doc="log-variances are clamped to ± this; 0 leaves them free", ge=0)
+    logvar_bound: float = option(20.0, doc="log-variances are kept within ± this; 0 leaves them free", ge=0)
     clip_gradient: float = option(0.0, doc="largest gradient norm of a phase; 0: no clipping", ge=0)
     residency: str = option("auto", doc="where the data lies; never changes a bit", choices=("auto", "device", "host"))
     tick: Length = option(Length(50, "steps"), doc="a line of statistics every so long")
