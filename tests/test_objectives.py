@@ -309,6 +309,14 @@ def test_the_hinge_of_intro_vae_on_the_elbo(groups, kind):
             build_intro_vae(IntroVAEConfig(**{name: dict.fromkeys(s.groups, 1.0)}, hinge_on="elbo"), SPEC, s.groups)
 
 
+def test_a_run_with_the_hinge_on_the_elbo(catalogue, tmp_path):
+    objective = {"name": "intro_vae", "hinge_on": "elbo", "margin": 20.0}
+    t = toys.trainer(catalogue, tmp_path, toys.tree(objective=objective))
+    assert t.run() == "finished"
+    [*_, line] = t.rundir.read("stats")
+    assert {"hinge_rec", "hinge_prior", "rec_rec", "rec_prior"} <= line["phases"]["encoder"].keys()
+
+
 def test_the_settings_of_intro_vae_override_its_preset():
     spelt = {"fakes": ("rec", "prior"), "hinge": "batch", "average": "mean", "decoder_weight": "beta_kl"}
     one, other = (

@@ -20,8 +20,6 @@ from siv_core.objectives import introspective
 from siv_core.objectives.introspective import PRIOR, REC, Half, Realised
 from siv_core.protocols import Batch, Coeffs, Nets, Noise, Objective, Phase, Spec, Terms
 
-ELBO = "elbo"
-
 
 @frozen
 class Form:
@@ -92,13 +90,15 @@ def encoder_half(nets: Nets, prior: Realised, batch: Batch, noise: Noise, c: Coe
     for name in form.fakes:
         x_f, own = made[name].detach(), noise["encoder_phase"][name]
         q_f = nets.encoder(x_f, labels)  # {g: mu, logvar [N, d_g]}
-        kl_f = energy = losses.kl(q_f, prior, own["kl"], labels)  # {g: [N]}
+        kl_f = losses.kl(q_f, prior, own["kl"], labels)  # {g: [N]}
         terms.update(losses.kl_terms(name, kl_f))
         if form.hinge_on == "elbo":
             rec_f = nets.reconstruction(x_f, nets.decoder(latents.sample(q_f, own["codes"]), labels, own["decoder"]))  # [N]
-            energy = {ELBO: c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_kl"])}
+            energy = c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_kl"])  # [N]
+            pushed = hinge({"elbo": energy}, {"elbo": c["margin"]}, {"elbo": c["beta_neg"]}, form.hinge, nets)  # [N]
             terms[f"rec_{name}"] = rec_f
-        pushed = hinge(energy, c["margin"], c["beta_neg"], form.hinge, nets)  # [N]
+        else:
+            pushed = hinge(kl_f, c["margin"], c["beta_neg"], form.hinge, nets)  # [N]
         loss = loss + c["average"] * pushed
         terms[f"hinge_{name}"] = pushed
     loss, terms = introspective.regularised(c["scale"] * loss, terms, prior, z, c, nets)
@@ -159,11 +159,11 @@ def build_intro_vae(config: IntroVAEConfig, spec: Spec, groups: dict[str, int]) 
         config.decoder_weight or preset.decoder_weight,
         config.hinge_on,
     )
-    on_elbo = form.hinge_on == ELBO
-    for name in ("beta_neg", "margin"):
-        if on_elbo and isinstance(getattr(config, name), Mapping):
-            raise UserError(f"objective.{name}: with hinge_on = {ELBO!r} there is one for all latent groups, a number")
-    hinged = {ELBO: 1} if on_elbo else groups
+    on_elbo = form.hinge_on == "elbo"
+    hinged = {name: getattr(config, name) for name in ("beta_neg", "margin")}
+    for name, value in hinged.items():
+        if on_elbo and isinstance(value, Mapping):
+            raise UserError(f"objective.{name}: with hinge_on = 'elbo' there is one for all latent groups, a number")
     encoder = partial(encoder_loss, form=form)
     decoder = partial(decoder_loss, form=form, share_noise=config.share_noise)
     return Objective(
@@ -174,9 +174,8 @@ def build_intro_vae(config: IntroVAEConfig, spec: Spec, groups: dict[str, int]) 
             "average": 1.0 if form.average == "sum" else 1.0 / len(form.fakes),
             "beta_rec": config.beta_rec,
             "beta_kl": per_group(config.beta_kl, groups),
-            "beta_neg": per_group(config.beta_neg, hinged),
+            **(hinged if on_elbo else {name: per_group(value, groups) for name, value in hinged.items()}),
             "beta_fake": per_group(getattr(config, form.decoder_weight), groups),
-            "margin": per_group(config.margin, hinged),
         },
         batch_statistic=form.hinge == "batch",
     )
