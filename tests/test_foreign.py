@@ -513,6 +513,27 @@ def test_clean_leaves_what_a_process_is_at_work_on(tmp_path):
     assert [one.paths[0] for one in cache.leftovers(tmp_path / "data")] == [made]
 
 
+def test_a_superseded_conversion_that_is_being_made_stays(tmp_path):
+    path = touched(write(tmp_path / "a.h5", IMAGES), 1)
+    first = converted(path)[1].path
+    touched(path, 2)
+    with files.alone(first, lambda: None):
+        assert converted(path)[1].removed == []
+        assert first.exists()
+    touched(path, 3)
+    third = converted(path)[1]
+    assert len(third.removed) == 2
+    assert [name for name in kept(tmp_path) if name.endswith(".h5")] == [third.path.name]
+
+
+@pytest.mark.parametrize("text", ["{", '{"source": 3}', '{"state": [1, 2]}', "[]"])
+def test_clean_leaves_a_conversion_whose_source_cannot_be_told(tmp_path, text):
+    made = converted(write(tmp_path / "a.h5", IMAGES))[1].path
+    made.with_name(f"{made.name}.from.json").write_text(text)
+    (tmp_path / "a.h5").unlink()
+    assert list(cache.leftovers(tmp_path / "data")) == []
+
+
 def test_nothing_of_somebody_else_is_taken_away(tmp_path):
     """Whatever lies in the folder of conversions, and whatever a source is called."""
     folder = tmp_path / "data/hdf5"
