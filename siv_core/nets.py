@@ -120,6 +120,8 @@ def _given(**arguments: Any) -> dict[str, Any]:
 def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x) in float32 at least, within autocast too: for an encoder's head and a decoder's last layers, since what bf16 makes
     of means, log-variances and pixels (a sigmoid above 0.998 is 1) the loss would see."""
+    if x.is_meta:  # there is no autocast where nothing is computed
+        return layer(_widen(x))
     with torch.autocast(x.device.type, enabled=False):
         return layer(_widen(x))
 

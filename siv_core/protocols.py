@@ -198,6 +198,17 @@ class Nets:
     mean: Callable[[Tensor], Tensor] = lambda x: x.mean(dim=0)  # [N, …] -> [...] over the batch of all processes, with gradient
     keep_graphs: bool = False  # what is carried to a later phase may have graphs, of players that do not move meanwhile
 
+    def posterior(self, batch: Batch, noise: Noise) -> Posterior:
+        """q(z ∣ x) of the data, {group: mu, logvar [N, d]}: a group that sees a view of its own (`views` of a stage) has that of
+        its view. Objectives that say `takes_views` call this and not `encoder` for the data."""
+        views = noise.get("views", {})
+        found: Posterior = {}
+        whole: Posterior = {}
+        for group, x in views.items():
+            whole = self.encoder(x, batch.labels)
+            found[group] = whole[group]
+        return found if views and found.keys() == whole.keys() else {**self.encoder(*batch), **found}
+
     def prior(self, *, frozen: bool) -> dict[str, Any]:
         """{group: Distribution} of this phase; frozen: no gradient reaches it. Once a phase: a prior may cost an encoding."""
         if not frozen:
@@ -256,6 +267,7 @@ class Objective:
     coeffs: Mapping[str, float | Mapping[str, float]]
     shadows: tuple[Shadow, ...] = ()
     batch_statistic: bool = False  # a loss that is no mean over samples: cannot be cut into micro-batches
+    takes_views: bool = False  # it encodes the data by `Nets.posterior`
 
 
 class Measurement(NamedTuple):

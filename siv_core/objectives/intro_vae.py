@@ -81,7 +81,7 @@ def encoder_half(nets: Nets, prior: Realised, batch: Batch, noise: Noise, c: Coe
     comes on top. With the hinge on the ELBO, B_n [m − B_r r(sg x_f, D(z_f)) − Σ_g B_k K_g(sg x_f)]⁺, z_f ~ E(sg x_f), are summed.
     """
     x, labels = batch  # [N, …], [N]
-    q = nets.encoder(x, labels)  # {g: mu, logvar [N, d_g]}
+    q = nets.posterior(batch, noise)  # {g: mu, logvar [N, d_g]}
     z, made, carry = introspective.encoder_phase_fakes(nets, prior, batch, noise, q)
     rec = nets.reconstruction(x, made[REC])  # [N]
     kl = losses.kl(q, prior, noise["kl"]["real"], labels)  # {g: [N]}
@@ -178,6 +178,7 @@ def build_intro_vae(config: IntroVAEConfig, spec: Spec, groups: dict[str, int]) 
             "beta_fake": per_group(getattr(config, form.decoder_weight), groups),
         },
         batch_statistic=form.hinge == "batch",
+        takes_views=True,
     )
 
 

@@ -65,7 +65,7 @@ def decoder_phase_fakes(
     noise of their own. Where the prior is not `frozen`, x_prior has its graph too."""
     labels, decoder_noise = batch.labels, noise["decoder"]
     handed_on = bool(carry) and share_noise  # nothing is where the encoder has nothing to learn: its phase is left out
-    q = carry["q"] if handed_on else latents.detach_posterior(nets.encoder(*batch))
+    q = carry["q"] if handed_on else latents.detach_posterior(nets.posterior(batch, noise))
     kept = carry.get("fakes", {}) if handed_on else {}
     if kept and frozen:
         return q, dict(kept)

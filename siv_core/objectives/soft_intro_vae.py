@@ -59,7 +59,7 @@ def encoder_half(
     """
     x, labels = batch  # [N, …], [N]
     again = nets.shadows[re_decoder] if re_decoder else nets.decoder
-    q = nets.encoder(x, labels)  # {g: mu, logvar [N, d_g]}
+    q = nets.posterior(batch, noise)  # {g: mu, logvar [N, d_g]}
     z, made, carry = introspective.encoder_phase_fakes(nets, prior, batch, noise, q)
     rec = nets.reconstruction(x, made[REC])  # [N]
     kl = losses.kl(q, prior, noise["kl"]["real"], labels)  # {g: [N]}
@@ -153,6 +153,7 @@ def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[st
             "beta_kl": per_group(config.beta_kl, groups),
             "beta_neg": per_group(config.beta_neg, groups),
         },
+        takes_views=True,
     )
 
 

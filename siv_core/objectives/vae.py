@@ -27,7 +27,7 @@ def vae_loss(nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str,
     """E, D and the prior descend: s⟨ B_r r(x, x_rec) + Σ_g B_k K_g(x) ⟩."""
     x, labels = batch  # [N, …], [N]
     prior = nets.prior(frozen=False)
-    q = nets.encoder(x, labels)  # {g: mu, logvar [N, d_g]}
+    q = nets.posterior(batch, noise)  # {g: mu, logvar [N, d_g]}
     x_rec = nets.decoder(latents.sample(q, noise["posterior"]), labels, noise["decoder"]["rec"])  # [N, …]
     rec = nets.reconstruction(x, x_rec)  # [N]
     kl = losses.kl(q, prior, noise["kl"]["real"], labels)  # {g: [N]}
@@ -53,6 +53,7 @@ def build_vae(config: VAEConfig, spec: Spec, groups: dict[str, int]) -> Objectiv
             "beta_rec": config.beta_rec,
             "beta_kl": per_group(config.beta_kl, groups),
         },
+        takes_views=True,
     )
 
 

@@ -66,6 +66,7 @@ class Built:
             for name, value in built.coeffs.items()
             if isinstance(value, dict) and value.keys() != self.networks.groups.keys()
         ]
+        problems += self.unseen(plan, built)
         unknown = {player for phase in built.phases for player in phase.updates} - set(PLAYERS)
         problems += [f"objective {plan.objective.name}: there is no player '{player}'" for player in sorted(unknown)]
         if 0 < self.recipe.train.micro_batch < plan.batch:
@@ -73,6 +74,25 @@ class Built:
         if problems:
             raise UserError(problems)
         return built
+
+    def unseen(self, plan: StagePlan, objective: Objective) -> list[str]:
+        """Why the views of this stage cannot be shown to the encoder."""
+        if not plan.views:
+            return []
+        groups, problems = self.networks.groups, []
+        asked = {name for names in plan.views.values() for name in names}
+        if not objective.takes_views:
+            problems.append(f"stages.views: objective '{plan.objective.name}' encodes the images alone; leave them out")
+        problems += [
+            f"stages.views.{group}: no such group{near_miss(group, groups)}" for group in plan.views if group not in groups
+        ]
+        if plan.fade:
+            problems.append("stages.views: not in a stage that fades in: leave one of them out")
+        if self.spec.kind != "image":
+            problems.append(f"stages.views: are of images, this data has shape {list(self.spec.shape)}")
+        if self.recipe.train.conditional and asked & {"peer", "same_label"}:
+            problems.append("stages.views: another image has another label, which train.conditional gives: leave one of them out")
+        return problems
 
     def uncut(self, plan: StagePlan, objective: Objective) -> list[str]:
         """Why this stage's batches cannot be cut into pieces."""

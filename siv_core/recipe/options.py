@@ -7,6 +7,7 @@ from attrs import frozen
 from siv_core.component import option
 from siv_core.recipe.convert import Length
 
+VIEWS = ("flip", "stretch", "same_label", "peer")
 PLAYERS = ("encoder", "decoder", "prior")
 
 
@@ -44,6 +45,8 @@ class Train:
     channels_last: bool = option(False, doc="memory layout of images and convolutions")
     conditional: bool = option(False, doc="give the labels to the networks")
     horizontal_flips: bool = option(False, doc="mirror each training image left to right with probability 1/2")
+    stretch: float = option(0.3, doc="of that view: factors of e^-this to e^this, along each axis", gt=0, le=2)
+    peers: int = option(4, doc="of that view: it is one of so many images", ge=1, le=1000)
     logvar_bound: float = option(20.0, doc="log-variances are kept within ± this; 0 leaves them free", ge=0)
     clip_gradient: float = option(0.0, doc="largest gradient norm of a phase; 0: no clipping", ge=0)
     residency: str = option("auto", doc="where the data lies; never changes a bit", choices=("auto", "device", "host"))
@@ -79,6 +82,9 @@ class StageOptions:
         "linear", doc="in images seen: t, or the smooth t²(3 − 2t) that starts and ends at rest", choices=("linear", "smooth")
     )
     reset_optimisers: bool = option(False, doc="forget the moments at the start of this stage")
+    views: dict[str, tuple[str, ...]] = option(
+        {}, doc="what the encoder of a latent group sees in place of the image, in this order", choices=VIEWS
+    )
 
 
 @frozen

@@ -49,6 +49,7 @@ class StagePlan:
     fade: float = 0.0
     fade_shape: str = "linear"
     reset_optimisers: bool = False
+    views: dict[str, tuple[str, ...]] = field(factory=dict)
 
 
 @frozen
@@ -354,6 +355,7 @@ class _Reader:
             fade=options.fade,
             fade_shape=options.fade_shape,
             reset_optimisers=options.reset_optimisers,
+            views=options.views,
         )
 
     def optim(self, table: dict[str, Any], where: str) -> dict[str, Optim]:

@@ -64,6 +64,7 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
     check_forward(built, modules, shape, device)
     if begins:
         begin(trainer, stage, plan.batch)
+        find_peers(trainer, plan, shape)
     return ActiveStage(
         number=number,
         plan=plan,
@@ -111,6 +112,18 @@ def begin(trainer: Trainer, stage: Stage, batch: int) -> None:
             raise PluginError(f"{trainer.built.owner(name)}: {error}") from error
         trainer.parallel.agree(state_of(player.module).values())
         take_over(names, player, [f for f in trainer.followers if f.rule.of == name])
+
+
+def find_peers(trainer: Trainer, plan: StagePlan, shape: tuple[int, ...]) -> None:
+    """Those that the stage's views ask for; all processes have the main one's."""
+    encoder = trainer.players["encoder"].module.eval()
+    bound = trainer.built.recipe.train.logvar_bound or None
+    trainer.views.find(plan, make_nets({"encoder": encoder}, trainer.built.reconstruction, bound).encoder, shape)
+    encoder.train()
+    for group, rows in trainer.views.peers.items():
+        agreed = rows.to(trainer.device)
+        trainer.parallel.agree([agreed])
+        trainer.views.peers[group] = agreed.cpu()
 
 
 def no_mean(x: Tensor) -> Tensor:

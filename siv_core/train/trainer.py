@@ -30,6 +30,7 @@ from siv_core.train.schedule import Schedule
 from siv_core.train.stage import ActiveStage
 from siv_core.train.stats import Stats
 from siv_core.train.step import added, clipped, micro_batches, play
+from siv_core.train.views import Views
 
 ASK_EVERY = 10  # steps between two times that several processes agree on whether to stop
 
@@ -53,6 +54,7 @@ class Trainer:
     observer: Observer
     feed: Feed
     order: DataOrder
+    views: Views
     schedule: Schedule
     players: dict[str, Player]
     followers: list[Follower]
@@ -88,9 +90,12 @@ class Trainer:
         kept.update({f"{name}.optimiser": player for name, player in players.items()})
         kept.update({follower.key: Weights(follower.module) for follower in followers})
         kept["stats"] = stats
-        health = Monitor(schedule, train, built.networks.groups)
-        order = DataOrder(len(rows), train.seed)
-        return cls(built, rundir, device, parallel, observer, feed, order, schedule, players, followers, stats, health, kept)
+        health, order = Monitor(schedule, train, built.networks.groups), DataOrder(len(rows), train.seed)
+        views = Views.of(feed, order, train, stages)
+        kept.update({"views": views} if views.kept_for else {})
+        return cls(
+            built, rundir, device, parallel, observer, feed, order, views, schedule, players, followers, stats, health, kept
+        )
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -164,6 +169,8 @@ class Trainer:
         if active.fading:
             batch = batch._replace(x=blend(batch.x, active.fade))
         noise = active.objective.draw(n, streams, active.sources)  # a tree of tensors [n, …]
+        if active.plan.views:
+            noise = {**noise, "views": self.views.draw(active.plan.views, batch.x, counters.images_seen, n, share, streams)}
         pieces = micro_batches(batch, noise, share, n, self.built.recipe.train.micro_batch)
         carries: list[dict[str, Any]] = [{} for _ in pieces]
         for phase in active.objective.phases:
