@@ -217,9 +217,9 @@ def show_report(watcher: Screen, report: dict[str, Any]) -> None:
             if part != "all":
                 watcher.say(f"  {part}: {count:,}")
     for stage in report.get("stages", []):
-        watcher.say(
-            f"{stage['objective']}: {stage['length']}, batch {stage['batch']}, {stage['flops_per_step'] / 1e9:,.2f} GFLOP a step"
-        )
+        views = "".join(f", {group} sees {' '.join(names)}" for group, names in stage["views"].items())
+        cost = f"{stage['flops_per_step'] / 1e9:,.2f} GFLOP a step"
+        watcher.say(f"{stage['objective']}: {stage['length']}, batch {stage['batch']}, {cost}{views}")
     for line in report.get("notes", []):
         watcher.say(line)
     for line in report["not_at_hand"] or ["nothing: everything is at hand"]:

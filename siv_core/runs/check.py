@@ -65,6 +65,7 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
             "length": str(plan.length),
             "batch": plan.batch,
             "objective": plan.objective.name,
+            "views": {group: list(names) for group, names in plan.views.items()},
             "flops_per_step": flops(built, number),
         }
         for number, plan in enumerate(recipe.stages)
@@ -103,6 +104,7 @@ def flops(built: Built, number: int) -> int:
     noise = tree_map(drawn, lambda x: torch.empty(plan.batch, *x.shape[1:], dtype=x.dtype, device="meta"))  # one row a sample
     labels = torch.zeros(plan.batch, dtype=torch.int64, device="meta") if built.spec.conditional else None
     batch = Batch(torch.empty(plan.batch, *built.shape(plan), device="meta"), labels)
+    noise = {**noise, "views": dict.fromkeys(plan.views, batch.x)}
     set_stage(modules.values(), Stage(number, built.shape(plan), torch.ones(())))
     build.check_forward(built, modules, built.shape(plan), torch.device("meta"))
     nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction)
@@ -140,7 +142,7 @@ class RandomData:
 
     def rows(self, split: str) -> Rows:
         generator, shape = torch.Generator().manual_seed(0), (RANDOM_IMAGES, *self.spec.shape)
-        labels = torch.arange(RANDOM_IMAGES) % self.spec.classes if self.spec.classes else None
+        labels = torch.arange(RANDOM_IMAGES) % (self.spec.classes or 10)
         if self.spec.kind == "image":
             return Rows(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), labels)
         low, high = self.spec.value_range
