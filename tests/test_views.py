@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
 from siv_core.nets import make_nets
+from siv_core.objectives import introspective
 from siv_core.objectives.vae import VAEConfig, build_vae
 from siv_core.protocols import Batch, Spec
 from siv_core.seeding import Streams
@@ -130,6 +131,19 @@ def test_the_loss_reconstructs_the_image_from_the_codes_of_the_views():
     loss, _, _ = objective.phases[0].loss(nets, Batch(x), noise, tensors_of(objective.coeffs, torch.device("cpu")), {})
     rec = (x - 2 * x - 3 * view).square().sum(dim=1)
     assert loss == pytest.approx(float(2 * (0.5 * rec + 2 * x.sum(dim=1) + 3 * view.sum(dim=1)).mean()), rel=1e-6)
+
+
+def test_the_decoders_phase_encodes_the_views_again_where_it_takes_nothing_over():
+    encode = lambda x, labels=None: {group: Gaussian(x * factor, x) for group, factor in (("a", 2.0), ("b", 3.0))}  # noqa: E731
+    nets = make_nets({"encoder": encode, "decoder": lambda codes: codes["a"] + codes["b"]}, torch.sub)
+    x, view = uniform(2, 6, 2)
+    zero = {"a": torch.zeros(6, 2), "b": torch.zeros(6, 2)}
+    prior = {group: SimpleNamespace(sample=lambda noise, labels: noise) for group in zero}
+    noise = {"posterior_again": zero, "prior_again": zero, "decoder": {"rec": None, "prior": None}, "views": {"b": view}}
+    q, made = introspective.decoder_phase_fakes(nets, prior, Batch(x), noise, {}, share_noise=False)
+    assert torch.equal(q["a"].mu, 2 * x)
+    assert torch.equal(q["b"].mu, 3 * view)
+    assert torch.equal(made["rec"], 2 * x + 3 * view)
 
 
 def test_what_is_drawn_does_not_depend_on_who_draws_it(catalogue, tmp_path):
