@@ -35,6 +35,7 @@ class_factor = "digit"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # theirs too, where `nohup` started the tests
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
 
 @pytest.fixture(scope="session", autouse=True)

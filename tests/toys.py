@@ -293,9 +293,16 @@ class Spread(Mixture):
 def normed(spec: Spec) -> Networks:
     """Convolutions with batch norm, small enough to train in a second."""
     c, h, w = spec.shape
-    encoder = nn.Sequential(nn.Conv2d(c, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * h * w, 6))
+    # no bias before a batch norm: its gradient would be rounding, whose sign Adam follows
+    encoder = nn.Sequential(
+        nn.Conv2d(c, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * h * w, 6)
+    )
     decoder = nn.Sequential(
-        nn.Linear(3, 16), nn.BatchNorm1d(16, momentum=None), nn.ReLU(), nn.Linear(16, c * h * w), nn.Unflatten(1, spec.shape)
+        nn.Linear(3, 16, bias=False),
+        nn.BatchNorm1d(16, momentum=None),
+        nn.ReLU(),
+        nn.Linear(16, c * h * w),
+        nn.Unflatten(1, spec.shape),
     )
     return Networks(NormedEncoder(encoder), NormedDecoder(decoder), {"z": 3}, batch_statistics=True)
 
