@@ -162,6 +162,8 @@ def test_what_is_drawn_does_not_depend_on_who_draws_it(catalogue, tmp_path):
             assert not seen[: share.start].any()
             assert not seen[share.stop :].any()
     assert not torch.equal(whole["content"], x)
+    both = t.views.draw({"content": ("flip",), "class": ("flip",)}, x, 0, 32, slice(0, 32), Streams(0, 3))
+    assert not torch.equal(both["content"], both["class"]), "each group has draws of its own"
 
 
 def test_views_of_the_same_label(catalogue, tmp_path):
