@@ -337,3 +337,10 @@ def test_own_pictures_are_looked_at_before_data_are_prepared(siv, tmp_path):
     done = siv("translate", "run", "--take", "class=a.png")
     assert done.returncode == 2
     assert "a.png: no picture that can be read" in done.stderr
+
+
+def test_what_takes_no_generator_is_told_and_not_drawn_from_the_global_one():
+    before = torch.get_rng_state()
+    with Seeded(7), pytest.raises(NotImplementedError, match=r"native_dropout.* takes no generator: what it draws"):
+        torch.native_dropout(torch.ones(100), 0.5, True)
+    assert torch.equal(before, torch.get_rng_state())
