@@ -18,9 +18,10 @@ from siv_core.nets import Priors, make_nets, sources
 from siv_core.objectives.intro_vae import IntroVAEConfig, build_intro_vae
 from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig, build_soft_intro_vae
 from siv_core.objectives.vae import VAEConfig, build_vae
-from siv_core.protocols import Batch, Spec
+from siv_core.protocols import Batch, Shadow, Spec
 from siv_core.seeding import Streams
 from siv_core.testing import toy_networks
+from siv_core.train.players import Follower
 from siv_core.train.step import tensors_of
 
 SPEC = Spec(shape=(2, 3, 3))
@@ -420,6 +421,19 @@ def test_the_target_is_the_decoder_at_first_and_a_copy_after_epochs_1_and_k_plus
     # 1,400 images an epoch, 64 a step: one epoch is over in step 22, three in step 66
     assert [step for step, copied in enumerate(seen, 1) if copied] == [22, 66]
     assert not toys.same(start, toys.weights(t, "decoder"))
+
+
+@pytest.mark.parametrize(("first", "marks"), [(None, [4, 8, 12, 16]), (1, [1, 5, 9, 13, 17]), (10, [10, 14, 18])])
+def test_a_shadow_is_copied_at_its_marks(first, marks):
+    source = nn.Linear(1, 1)
+    rule = Shadow("target", "decoder", copy_every_images=4, first_copy_images=first)
+    follower = Follower(rule, copy.deepcopy(source))
+    copied = []
+    for images in range(1, 20):
+        source.weight.data.fill_(images)
+        follower.follow(source, images - 1, images)
+        copied += [images] if follower.module.weight.item() == images else []
+    assert copied == marks
 
 
 def test_scale_defaults_to_one_over_the_dimensions():

@@ -205,6 +205,17 @@ def test_peers_are_found_when_the_stage_begins_and_kept_with_the_run(catalogue, 
     assert not toys.same(seen["none"], seen["class"])
 
 
+def test_batches_that_are_cut_have_the_same_views(catalogue, tmp_path):
+    runs = []
+    for size in (0, 8):
+        seen = {"content": ["stretch"], "class": ["same_label"]}
+        t = two_stages(catalogue, tmp_path / str(size), seen, lengths=("1 step", "2 steps"), train={"micro_batch": size})
+        assert t.run() == "finished"
+        runs.append(t.rundir.read("stats")[-1]["phases"]["encoder"])
+    assert runs[0]["rec_real"] == pytest.approx(runs[1]["rec_real"], rel=1e-4)
+    assert runs[0]["kl_real"] == pytest.approx(runs[1]["kl_real"], rel=1e-4)
+
+
 @pytest.mark.parametrize("table", [torch.zeros(1400, 4), torch.zeros(3, 4, dtype=torch.int32), torch.full((1400, 4), 1400).int()])
 def test_a_damaged_table_of_peers_is_told(catalogue, tmp_path, table):
     t = two_stages(catalogue, tmp_path, {"class": ["peer"]})

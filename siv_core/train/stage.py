@@ -116,12 +116,17 @@ def begin(trainer: Trainer, stage: Stage, batch: int) -> None:
 
 def find_peers(trainer: Trainer, plan: StagePlan, shape: tuple[int, ...]) -> None:
     """Those that the stage's views ask for; all processes have the main one's."""
+    groups = [group for group, names in plan.views.items() if "peer" in names]
+    if not groups:
+        return
+    images = len(trainer.feed.rows)
+    trainer.observer.say(f"looking for the peers of each image by its {' and '.join(groups)} code, among {images:,} images")
     encoder = trainer.players["encoder"].module.eval()
     bound = trainer.built.recipe.train.logvar_bound or None
-    trainer.views.find(plan, make_nets({"encoder": encoder}, trainer.built.reconstruction, bound).encoder, shape)
+    trainer.views.find(groups, make_nets({"encoder": encoder}, trainer.built.reconstruction, bound).encoder, shape)
     encoder.train()
-    for group, rows in trainer.views.peers.items():
-        agreed = rows.to(trainer.device)
+    for group in groups:
+        agreed = trainer.views.peers[group].to(trainer.device)
         trainer.parallel.agree([agreed])
         trainer.views.peers[group] = agreed.cpu()
 

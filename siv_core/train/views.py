@@ -99,11 +99,8 @@ class Views:
         self.peers = dict(tensors)
 
     @torch.no_grad()
-    def find(self, plan: StagePlan, encode: Callable[..., Posterior], shape: tuple[int, ...]) -> None:
-        """The peers of the groups that a stage asks for, when it begins: by the networks as they stand."""
-        groups = [group for group, names in plan.views.items() if "peer" in names]
-        if not groups:
-            return
+    def find(self, groups: Sequence[str], encode: Callable[..., Posterior], shape: tuple[int, ...]) -> None:
+        """The peers of each training image by the codes of these groups."""
         n = len(self.feed.rows)
         parts = [means(encode(*self.feed.batch(rows, shape, torch.contiguous_format))) for rows in torch.arange(n).split(256)]
         codes = {group: torch.cat([part[group] for part in parts]).float() for group in parts[0]}
