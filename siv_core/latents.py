@@ -55,32 +55,30 @@ def largest_logvar(q: Posterior) -> Tensor:
 
 
 class Bound(torch.autograd.Function):
-    """x between low and high. Where x is beyond one of them only a gradient passes whose descent leads back: x can return, where
-    the gradient of a clamp would leave it out there for good, and goes no further out."""
+    """x between low and high, numbers or tensors [d]. Where x is beyond one of them only a gradient passes whose descent leads back:
+    x can return, where the gradient of a clamp would leave it out there for good, and goes no further out."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def forward(x: Tensor, low: Any, high: Any) -> Tensor:
         return torch.clamp(x, low, high)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, Any], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0] - output)  # how far beyond, with its sign
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, low, high = ctx.saved_tensors
-        further = ((x < low) & (gradient > 0)) | ((x > high) & (gradient < 0))
-        return gradient.masked_fill(further, 0.0), None, None
+        (beyond,) = ctx.saved_tensors
+        return gradient.masked_fill(beyond * gradient < 0, 0.0), None, None
 
 
 def bound_logvar(q: Posterior, bound: float | None) -> Posterior:
     """Log-variances kept within ±bound as `Bound` does; None leaves them free."""
     if bound is None:
         return q
-    limits = {group: (gaussian.logvar.new_full((), -bound), gaussian.logvar.new_full((), bound)) for group, gaussian in q.items()}
-    return bound_groups(q, limits)
+    return {group: Gaussian(mu, Bound.apply(logvar, -bound, bound)) for group, (mu, logvar) in q.items()}
 
 
 def bound_groups(q: Posterior, bounds: Mapping[str, tuple[Tensor, Tensor] | None]) -> Posterior:
