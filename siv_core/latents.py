@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+BEYOND = 1e-3  # slope of a log-variance beyond its bound: what is there finds back by it, where a clamp has no gradient
 
 
 class Gaussian(NamedTuple):
@@ -54,34 +57,23 @@ def largest_logvar(q: Posterior) -> Tensor:
     return torch.cat([gaussian.logvar.detach() for gaussian in q.values()], dim=1).abs().amax(dim=1)
 
 
-class Bound(torch.autograd.Function):
-    """x between low and high, numbers or tensors [d]. Where x is beyond one of them only a gradient passes whose descent leads back:
-    x can return, where the gradient of a clamp would leave it out there for good, and goes no further out."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, low: Any, high: Any) -> Tensor:
-        return torch.clamp(x, low, high)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, Any], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0] - output)  # how far beyond, with its sign
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (beyond,) = ctx.saved_tensors
-        return gradient.masked_fill(beyond * gradient < 0, 0.0), None, None
-
-
 def bound_logvar(q: Posterior, bound: float | None) -> Posterior:
-    """Log-variances kept within ±bound as `Bound` does; None leaves them free."""
+    """Log-variances held at ±bound, beyond which they go on with `BEYOND` as their slope; None leaves them free."""
     if bound is None:
         return q
-    return {group: Gaussian(mu, Bound.apply(logvar, -bound, bound)) for group, (mu, logvar) in q.items()}
+    return {
+        group: Gaussian(mu, torch.add(logvar.clamp(-bound, bound), F.softshrink(logvar, bound), alpha=BEYOND))
+        for group, (mu, logvar) in q.items()
+    }
 
 
 def bound_groups(q: Posterior, bounds: Mapping[str, tuple[Tensor, Tensor] | None]) -> Posterior:
-    """Log-variances of these groups kept between (low [d], high [d]); None and groups that are not named stay free."""
+    """Log-variances of these groups held in the same way between (low [d], high [d]); None and groups that are not named stay
+    free."""
     given = {group: pair for group, pair in bounds.items() if pair is not None}
-    return {**q, **{group: Gaussian(q[group].mu, Bound.apply(q[group].logvar, *pair)) for group, pair in given.items()}}
+    held = {}
+    for group, (low, high) in given.items():
+        mu, logvar = q[group]
+        beyond = F.relu(logvar - high) - F.relu(low - logvar)
+        held[group] = Gaussian(mu, torch.add(logvar.clamp(low, high), beyond, alpha=BEYOND))
+    return {**q, **held}

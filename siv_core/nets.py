@@ -73,7 +73,7 @@ def make_nets(
     """What objectives call. Networks run under `autocast`; what they return, and all loss arithmetic, is at least float32.
 
     `modules` holds "encoder", "decoder", "prior" and shadows ("decoder@target"); they may be functional calls. Log-variances are
-    bounded (`latents.Bound`) here and nowhere else, to ±`logvar_bound` and to what the group's prior says, which is asked of
+    bounded here and nowhere else, to ±`logvar_bound` and to what the group's prior says, which is asked of
     `Priors` alone.
     `settings` are those of `Nets`.
     """
@@ -120,7 +120,7 @@ def _given(**arguments: Any) -> dict[str, Any]:
 def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x) in float32 at least, within autocast too: for an encoder's head and a decoder's last layers, since what bf16 makes
     of means, log-variances and pixels (a sigmoid above 0.998 is 1) the loss would see."""
-    if x.is_meta:  # there is no autocast where nothing is computed
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # on "meta" nothing is computed, and there is none
         return layer(_widen(x))
     with torch.autocast(x.device.type, enabled=False):
         return layer(_widen(x))

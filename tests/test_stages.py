@@ -104,9 +104,8 @@ def test_a_vamp_hands_over_to_a_mixture_that_is_the_same_to_the_bit(catalogue, t
     assert torch.equal(mu, still)  # soft_intro_vae's phases move encoder and decoder alone
     q = active.nets.encoder(torch.rand(50, 1, 8, 8) * 9 - 4)["z"].logvar
     low, high = prior.bounds
-    assert (q >= low).all()
-    assert (q <= high).all()
-    assert (q == low).any() or (q == high).any()
+    beyond = torch.relu(q - high) + torch.relu(low - q)
+    assert 0 < beyond.max() < 0.01  # a thousandth of what they would be
 
 
 def test_begin_is_called_once_a_stage_and_never_on_a_resume(catalogue, tmp_path):

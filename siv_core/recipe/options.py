@@ -47,7 +47,7 @@ class Train:
     horizontal_flips: bool = option(False, doc="mirror each training image left to right with probability 1/2")
     stretch: float = option(0.3, doc="of the view stretch: factors of e^-this to e^this, along each axis", gt=0, le=2)
     peers: int = option(4, doc="of the view peer: it is one of so many images", ge=1, le=1000)
-    logvar_bound: float = option(20.0, doc="log-variances are kept within ± this; 0 leaves them free", ge=0)
+    logvar_bound: float = option(20.0, doc="log-variances are held at ± this (beyond it, slope 0.001); 0 leaves them free", ge=0)
     clip_gradient: float = option(0.0, doc="largest gradient norm of a phase; 0: no clipping", ge=0)
     residency: str = option("auto", doc="where the data lies; never changes a bit", choices=("auto", "device", "host"))
     tick: Length = option(Length(50, "steps"), doc="a line of statistics every so long")

@@ -24,7 +24,7 @@ PATIENCE_STEPS = 500  # however short the ticks are
 PATIENCE_SHARE = 0.05  # of the stage: a long training may take longer to begin
 # The mutual information of image and code is at most the mean KL: below 0.1 nats the code hardly tells two images apart (ln 2).
 COLLAPSED_KL = 0.1
-# A standard deviation of 1,800, or 1/1,800, of the prior's. `train.logvar_bound` (20 by default) keeps them in,
+# A standard deviation of 1,800, or 1/1,800, of the prior's. `train.logvar_bound` (20 by default) holds them there,
 # and one that stays at a smaller bound counts as well.
 EXPLODED_LOGVAR = 15.0
 LOGVAR_TICKS = 3  # on end: less may be the first steps of an unlucky initialisation
