@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from siv_core import Component, Gaussian, Networks, Spec, full_precision, hookimpl, option
+from siv_core import Component, Gaussian, Networks, Spec, full_precision, hookimpl, option, with_labels
 
 
 @frozen
@@ -66,16 +66,6 @@ class Decoder(nn.Module):
             return x
         low, high = self.value_range
         return low + (high - low) * torch.sigmoid(x)
-
-
-def with_labels(x: Tensor, labels: Tensor | None, conditions: int) -> Tensor:
-    """x [N, D] with one-hot labels behind, [N, D + conditions]; conditions = 0 leaves it alone."""
-    if not conditions:
-        return x
-    if labels is None:
-        raise ValueError("this network was built with labels and was called without")
-    one_hot = (labels[:, None] == torch.arange(conditions, device=x.device)).to(x.dtype)
-    return torch.cat([x, one_hot], dim=1)
 
 
 def build(config: MLPConfig, spec: Spec) -> Networks:

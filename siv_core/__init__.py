@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.losses import sampled_kl as sampled_kl
     from siv_core.model import Model as Model
     from siv_core.nets import full_precision as full_precision
+    from siv_core.nets import with_labels as with_labels
     from siv_core.protocols import Batch as Batch
     from siv_core.protocols import Dataset as Dataset
     from siv_core.protocols import Distribution as Distribution
@@ -49,7 +50,7 @@ _HOME = {
     "siv_core.latents": ("Codes", "Gaussian", "Posterior", "kl_standard"),
     "siv_core.losses": ("sampled_kl",),
     "siv_core.model": ("Model",),
-    "siv_core.nets": ("full_precision",),
+    "siv_core.nets": ("full_precision", "with_labels"),
     "siv_core.protocols": (
         "Batch",
         "Dataset",

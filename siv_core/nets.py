@@ -117,6 +117,17 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def with_labels(x: Tensor, labels: Tensor | None, conditions: int) -> Tensor:
+    """x [N, D] with one-hot labels behind, [N, D + conditions], for networks that are given some; conditions = 0 leaves it
+    alone. A `ValueError` where the labels are missing."""
+    if not conditions:
+        return x
+    if labels is None:
+        raise ValueError("this network was built with labels and was called without")
+    one_hot = (labels[:, None] == torch.arange(conditions, device=x.device)).to(x.dtype)
+    return torch.cat([x, one_hot], dim=1)
+
+
 def full_precision(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x) in float32 at least, within autocast too: for an encoder's head and a decoder's last layers, since what bf16 makes
     of means, log-variances and pixels (a sigmoid above 0.998 is 1) the loss would see."""
