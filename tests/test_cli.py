@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -431,7 +432,29 @@ def test_check_measures_each_stage(catalogue, tmp_path, monkeypatch):
     assert min(vae, soft) > 0
     assert found["seconds"] == pytest.approx(66 * vae + 5 * soft)
     assert found["peak_bytes"] > 2**27
+    changes = [tuple(one["change"].items()) for one in found["settings"]]
+    assert changes[:3] == [(("precision", "bf16"),), (("channels_last", True),), (("keep_graphs", True),)]
+    assert all(one["share"] > 0 for one in found["settings"])
     assert list(tmp_path.iterdir()) == []  # no run, no statistics, no picture
+
+
+def test_settings_that_save_time_are_told_together(catalogue, monkeypatch):
+    """Times are made up: what is compared with what, and what is joined, is what is tried."""
+    shares = {"precision": 0.5, "channels_last": 1.2, "keep_graphs": 0.9}
+    asked = []
+
+    def share(base, built, known, change, device):
+        asked.append(change)
+        return math.prod(shares[key] for key in change)
+
+    monkeypatch.setattr(inspect, "MEASURED_SECONDS", 0.1)
+    monkeypatch.setattr(inspect, "_share", share)
+    found = measured(catalogue, STAGED)["settings"]
+    assert found[-1]["change"] == {"precision": "bf16", "keep_graphs": True}
+    assert found[-1]["share"] == pytest.approx(0.45)
+    assert len(asked) == 4
+    monkeypatch.setattr(inspect, "_share", lambda *args: 1.0)
+    assert len(measured(catalogue, STAGED)["settings"]) == 3  # nothing saves time: nothing is joined
 
 
 def test_what_is_not_at_hand_is_measured_on_random_numbers(catalogue, monkeypatch):

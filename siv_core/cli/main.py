@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import select
 import signal
@@ -240,6 +241,9 @@ def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
     watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
     if measured["device_peak_bytes"] is not None:
         watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
+    for one in measured["settings"]:
+        change = " ".join(f"--set train.{key}={json.dumps(value)}" for key, value in one["change"].items())
+        watcher.say(f"  with {change}: {one['share']:.2f} of the time a step")
 
 
 if __name__ == "__main__":
