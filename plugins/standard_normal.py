@@ -26,6 +26,9 @@ class StandardNormal(nn.Module):
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         return noise
 
+    def truncated(self, noise: Tensor, psi: float, labels: Tensor | None = None) -> Tensor:
+        return psi * noise
+
     def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
 

@@ -6,7 +6,7 @@ one of the other where that is known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,20 @@ def count(value: Any, what: str, least: int) -> None:
     """A whole number of at least `least`."""
     if type(value) is not int or value < least:
         raise UserError(f"{what}: is {value!r}, expected a whole number of at least {least}")
+
+
+def share(value: Any, what: str) -> None:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UserError(f"{what}: is {value!r}, expected a number from 0 to 1")
+
+
+def choice(value: Any, what: str, of: Iterable[str]) -> None:
+    """One of these names."""
+    names = list(of)
+    if value not in names:
+        hint = near_miss(value, names) if isinstance(value, str) else ""
+        raise UserError(f"{what}: is {value!r}, expected one of {', '.join(names)}{hint}")
 
 
 def _tensor(x: Any, what: str) -> None:

@@ -1,9 +1,9 @@
-"""Latent groups: diagonal Gaussians by name, their samples and their KL to the standard normal."""
+"""Latent groups: diagonal Gaussians by name, their samples, their KL to the standard normal, and ways from code to code."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -77,3 +77,41 @@ def bound_groups(q: Posterior, bounds: Mapping[str, tuple[Tensor, Tensor] | None
         beyond = F.relu(logvar - high) - F.relu(low - logvar)
         held[group] = Gaussian(mu, torch.add(logvar.clamp(low, high), beyond, alpha=BEYOND))
     return {**q, **held}
+
+
+# -- ways from one code to another -----------------------------------------------------------------------------------------------
+
+OPPOSITE = 1e-6  # sine of the angle below which directions are equal or opposite: what float32 can tell apart
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """From a (t = 0) to b (t = 1), all [N, d], row by row: the direction turns evenly along the great circle, the length goes
+    evenly from the one to the other.
+
+    Of equal lengths that is Shoemake's slerp (1985; of latents: White 2016, arXiv:1609.04468), and the length stays. Opposite
+    directions have no circle of their own: theirs goes by way of the axis that a has least of. A zero vector has no direction
+    and one dimension no room to turn: there the way is straight. Both ends are exact. t is 0-dim.
+    """
+    wide = torch.stack([a, b]).double()
+    lengths = wide.norm(dim=2, keepdim=True)
+    u, v = wide / lengths.where(lengths > 0, 1)
+    cosine = (u * v).sum(dim=1, keepdim=True)
+    across = v - cosine * u
+    sine = across.norm(dim=1, keepdim=True)
+    axis = F.one_hot(u.abs().argmin(dim=1), u.shape[1]).to(u)
+    substitute = axis - (axis * u).sum(dim=1, keepdim=True) * u
+    around = (sine < OPPOSITE) & (cosine < 0)
+    across = F.normalize(across.where(~around, substitute), dim=1)
+    angle = torch.atan2(sine, cosine)
+    turned = torch.lerp(lengths[0], lengths[1], t.double()) * (torch.cos(t * angle) * u + torch.sin(t * angle) * across)
+    straight = (lengths == 0).any(dim=0) | (around & (substitute.norm(dim=1, keepdim=True) < OPPOSITE))
+    z = torch.lerp(a, b, t).where(straight, turned.to(a.dtype))
+    return torch.where(t == 0, a, torch.where(t == 1, b, z))
+
+
+PATHS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"linear": torch.lerp, "spherical": slerp}
+
+
+def between(a: Codes, b: Codes, t: Tensor, path: str = "linear") -> Codes:
+    """Codes at the share t (0-dim) of the way from a to b, each group by itself."""
+    return {group: PATHS[path](a[group], b[group], t) for group in a}

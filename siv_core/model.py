@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -98,17 +98,34 @@ class Model:
                 images = nets.decoder(*rows_of(tree, rows), noise)
             yield images
 
-    def sample(self, n: int, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+    def sample(self, n: int, seed: int = 0, labels: Tensor | None = None, truncation: float = 1.0) -> Tensor:
         """n images of the prior; the same seed gives the same images. A conditional model shows its classes in turn unless
-        `labels` are given."""
-        return self.decode(*self._prior_codes(n, seed, labels), seed)
+        `labels` are given.
 
-    def samples(self, n: int, batch: int = BATCH, seed: int = 0, labels: Tensor | None = None) -> Iterator[Tensor]:
+        `truncation`: each code at this share psi (0 … 1) of its way from the mean of its prior, psi · z of a standard normal one:
+        fewer kinds of images, and more usual ones. A `UserError` where a prior offers none.
+        """
+        return self.decode(*self._prior_codes(n, seed, labels, truncation), seed)
+
+    def sample_classes(self, n: int, seed: int = 0, classes: Sequence[int] | None = None, truncation: float = 1.0) -> Tensor:
+        """[K, n, …]: n images of each class (all of them by default), of the same noise in every class: `sample` of one label
+        and this seed."""
+        inputs.count(n, "n", 0)
+        if not self.spec.conditional:
+            raise UserError("classes: this model takes none: it was trained without train.conditional")
+        shown = range(self.spec.classes or 0) if classes is None else classes
+        if not len(shown):
+            raise UserError("classes: there is none, expected one at least")
+        return torch.stack([self.sample(n, seed, torch.full((n,), label), truncation) for label in shown])
+
+    def samples(
+        self, n: int, batch: int = BATCH, seed: int = 0, labels: Tensor | None = None, truncation: float = 1.0
+    ) -> Iterator[Tensor]:
         """The images of `sample`, `batch` at a time: the memory they take does not grow with n, but for the codes [n, d]."""
         inputs.count(batch, "batch", 1)
         waiting: list[Tensor] = []
         there = 0
-        for images in self._decoded(*self._prior_codes(n, seed, labels), seed):
+        for images in self._decoded(*self._prior_codes(n, seed, labels, truncation), seed):
             waiting.append(images)
             there += len(images)
             if there >= batch:
@@ -119,9 +136,10 @@ class Model:
         if waiting:
             yield torch.cat(waiting)
 
-    def _prior_codes(self, n: int, seed: int, labels: Tensor | None) -> tuple[Codes, Tensor | None]:
+    def _prior_codes(self, n: int, seed: int, labels: Tensor | None, psi: float) -> tuple[Codes, Tensor | None]:
         inputs.count(n, "n", 0)
         inputs.count(seed, "seed", 0)
+        inputs.share(psi, "truncation")
         if labels is None and self.spec.conditional and self.spec.classes:
             labels = torch.arange(n) % self.spec.classes
         inputs.labels(labels, n, self.spec)
@@ -129,7 +147,13 @@ class Model:
             labels = labels.to(self.device)
         with self._quiet() as nets:
             noise = self._sources().prior(n, Streams(seed, 0, self.device), "prior")
-            return {group: p.sample(noise[group], labels) for group, p in nets.prior(frozen=True).items()}, labels
+            priors = nets.prior(frozen=True)
+            without = [group for group, p in priors.items() if psi != 1 and not hasattr(p, "truncated")]
+            if without:
+                raise UserError(f"truncation: the prior of {', '.join(without)} offers none; leave it at 1")
+            if psi == 1:
+                return {group: p.sample(noise[group], labels) for group, p in priors.items()}, labels
+            return {group: p.truncated(noise[group], float(psi), labels) for group, p in priors.items()}, labels
 
     def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """D of the posterior means of x."""
@@ -185,14 +209,52 @@ class Model:
             columns.append((losses.total(log_p) - losses.total(log_q) - beta_rec * rec).cpu())
         return torch.stack(columns, dim=1)
 
-    def interpolate(self, x: Tensor, y: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
-        """Images [steps, N, …] on straight lines between the posterior means of x and y, ends included."""
+    def interpolate(
+        self,
+        x: Tensor,
+        y: Tensor,
+        steps: int,
+        labels: Tensor | None = None,
+        path: str = "linear",
+        y_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Images [steps, N, …] between the posterior means of x and y, ends included, on straight lines or, with the path
+        "spherical", great circles: see `siv_core.latents.slerp`.
+
+        Of a conditional model `labels` are those of all images. Where y is of other classes `y_labels` are those that it is
+        encoded with, and the last images are then no reconstructions of y.
+        """
         inputs.count(steps, "steps", 1)
-        a, b = latents.means(self.encode(x, labels)), latents.means(self.encode(y, labels))
+        inputs.choice(path, "path", latents.PATHS)
+        a = latents.means(self.encode(x, labels))
+        b = latents.means(self.encode(y, labels if y_labels is None else y_labels))
         inputs.pair(x, y)
         ways = torch.linspace(0, 1, steps, device=self.device)
-        lines = [{group: torch.lerp(a[group], b[group], way) for group in a} for way in ways]
-        return torch.stack([self.decode(codes, labels) for codes in lines])
+        return torch.stack([self.decode(latents.between(a, b, way, path), labels) for way in ways])
+
+    def blend(
+        self, corners: Sequence[Tensor], steps: int = 7, labels: Sequence[Tensor] | None = None, path: str = "linear"
+    ) -> Tensor:
+        """Images [steps, steps, N, …] between the posterior means of four: top left, top right, bottom left and bottom right,
+        each [N, …] (Soft-IntroVAE, section 9.4.2, has 7 × 7). Rows are ways from left to right, between the ways along the sides.
+
+        On straight lines that is bilinear: the weights at (s down, t right) are (1 − s)(1 − t), (1 − s) t, s (1 − t) and s t.
+        Of a conditional model `labels` are those of each corner; all images are decoded with those of the first.
+        """
+        inputs.count(steps, "steps", 1)
+        inputs.choice(path, "path", latents.PATHS)
+        for what, given in (("corners", corners), ("labels", labels)):
+            if given is not None and len(given) != 4:
+                raise UserError(f"{what}: there are {len(given)}, expected four: top left, top right, bottom left, bottom right")
+        of = labels if labels is not None else [None] * 4
+        a, b, c, d = (latents.means(self.encode(x, y)) for x, y in zip(corners, of, strict=True))
+        for corner in corners[1:]:
+            inputs.pair(corners[0], corner)
+        ways = torch.linspace(0, 1, steps, device=self.device)
+        rows = [(latents.between(a, c, down, path), latents.between(b, d, down, path)) for down in ways]
+        return torch.stack(
+            [torch.stack([self.decode(latents.between(left, right, way, path), of[0]) for way in ways]) for left, right in rows]
+        )
 
     def combine(self, images: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None) -> Tensor:
         """Images whose code of each group is the posterior mean of `images[group]`; all have the same N.

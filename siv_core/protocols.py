@@ -149,6 +149,9 @@ class Distribution(Protocol):
 
     Optional: `regulariser(z, mean)` -> 0-dim, what an introspective encoder pays beside its ELBO for the codes z [N, d] of data.
     `mean` maps [N, …] to its mean over the samples of the whole batch, over all processes, with gradient.
+    `truncated(noise, psi, labels=None)` -> z [N, d] as `sample` gives it, but each one at the share psi in [0, 1] of its way from
+    the mean that it was drawn around. The noise is the prior's own, and scaling it would be wrong for most: so only a prior that
+    says how is truncated.
     """
 
     def sample(self, noise: Any, labels: Tensor | None = None) -> Tensor:

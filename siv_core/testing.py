@@ -132,6 +132,12 @@ def check_prior(prior: Any, dim: int, spec: Spec) -> None:
     z = distribution.sample(noise)
     assert z.shape == (512, dim), f"sample gives {list(z.shape)}, not [N, {dim}]"
     assert distribution.log_prob(z).shape == (512,), "log_prob gives [N]"
+    if hasattr(distribution, "truncated"):
+        at_mean, half, whole = (distribution.truncated(noise, psi) for psi in (0.0, 0.5, 1.0))
+        assert torch.equal(whole, z), "truncated with psi = 1 is sample"
+        assert torch.allclose(half, (at_mean + z) / 2, atol=1e-5), (
+            "truncated with psi = 0.5 is half-way between a mean and sample"
+        )
     q = encode(example(spec, 512))
     draw_kl = getattr(prior, "draw_kl", None)
     value = distribution.kl(q, draw_kl(512, generator) if draw_kl else None)

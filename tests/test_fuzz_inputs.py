@@ -233,9 +233,11 @@ def one_call(seed: int) -> str:
         "kl": lambda: list(model.kl(codes if rng.random() < 0.5 else MODEL.encode(X)).values()),
         "log_weights": lambda: [model.log_weights(x, number, labels=labels)],
         "interpolate": lambda: list(model.interpolate(x, y, number, labels)),
+        "blend": lambda: list(model.blend([x, X, y, X], number, None if labels is None else [labels] * 4)),
         "combine": lambda: [model.combine({"a": x, "b": y}, None if labels is None else {"a": labels, "b": labels})],
         "sample": lambda: [model.sample(number, labels=labels if rng.random() < 0.5 else None)],
         "samples": lambda: list(model.samples(3, batch=number, labels=None)),
+        "sample_classes": lambda: list(model.sample_classes(number, classes=[number, 2])),
     }
     name = str(rng.choice(list(calls)))
     try:

@@ -41,6 +41,7 @@ TAKES_IMAGES: dict[str, Callable[[Model, Any], Any]] = {
     "log_weights": lambda model, x: model.log_weights(x, 2),
     "interpolate, first": lambda model, x: model.interpolate(x, X, 3),
     "interpolate, second": lambda model, x: model.interpolate(X, x, 3),
+    "blend": lambda model, x: model.blend([X, X, x, X], 2),
     "combine": lambda model, x: model.combine({"a": x, "b": X}),
 }
 
@@ -186,6 +187,7 @@ LABELS: dict[str, Callable[[Model, Any], Any]] = {
     "energy": lambda model, labels: model.energy(X, labels),
     "log_weights": lambda model, labels: model.log_weights(X, 2, labels=labels),
     "interpolate": lambda model, labels: model.interpolate(X, X, 2, labels),
+    "blend": lambda model, labels: model.blend([X] * 4, 2, None if labels is None else [labels] * 4),
 }
 BAD_LABELS = {
     "a list": ([0, 1], r"labels: is a list, expected a torch.Tensor"),
