@@ -62,6 +62,10 @@ def trained(tmp_path_factory, siv_in):
 # -- what needs no torch ---------------------------------------------------------------------------------------------------------
 
 
+COMMANDS = ("run", "check", "list-plugins", "describe", "data")
+COMMANDS += ("evaluate", "sample", "reconstruct", "interpolate", "translate", "encode")
+
+
 def test_help_is_quick(siv):
     seconds = []
     for _ in range(3):
@@ -69,7 +73,7 @@ def test_help_is_quick(siv):
         out = succeeded(siv("--help", fresh=True))
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.5
-    for command in ("run", "check", "list-plugins", "describe", "evaluate", "sample", "reconstruct", "translate", "data"):
+    for command in COMMANDS:
         assert re.search(rf"^  {command} ", out, re.MULTILINE), command
 
 
@@ -81,7 +85,7 @@ def test_a_light_module_imports_no_torch(module):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "check", "describe", "sample", "data", "data prepare"])
+@pytest.mark.parametrize("command", ["run", "check", "describe", "sample", "interpolate", "encode", "data", "data prepare"])
 def test_every_command_has_help(siv, command):
     assert "Usage: siv " + command in succeeded(siv(*command.split(), "--help"))
 

@@ -96,6 +96,40 @@ def test_a_matrix():
     assert (sheet[66:, 66:68] == 0).all()
 
 
+def test_class_by_class():
+    sheet = pictures.by_class(flat([10, 20, 11, 12, 13]), [1, 7, 1, 1, 1], 3)
+    assert sheet.shape == (3 * 66 + 2, pictures.MARGIN + 3 * 66 + 2, 3)
+    images, margin = sheet[:, pictures.MARGIN :], sheet[:, : pictures.MARGIN]
+    places = [[10, 11, 12], [13, 255, 255], [20, 255, 255]]
+    assert all((cell(images, row, column) == value).all() for row, line in enumerate(places) for column, value in enumerate(line))
+    dark = [bool((margin[66 * row : 66 * (row + 1)] < 100).any()) for row in range(3)]
+    assert dark == [True, False, True], "a number before the first row of each class"
+
+
+@pytest.mark.parametrize("label", [0, 88, 1888])
+def test_the_number_of_a_class_fits_its_margin(label):
+    margin = pictures.by_class(flat([10]), [label], 1)[:, : pictures.MARGIN]
+    assert (margin[:, 0] == 255).all()
+    assert (margin < 100).any()
+
+
+def test_ends_and_corners_stand_apart():
+    apart = pictures.APART
+    sheet = pictures.strips(flat([1, 2]), flat([11, 12, 13, 21, 22, 23]), flat([3, 4]))
+    assert sheet.shape == (2 * 66 + 2, 5 * 66 + 2 + 2 * apart, 3)
+    for row in range(2):
+        for column, value in enumerate([1 + row, 11 + 10 * row, 12 + 10 * row, 13 + 10 * row, 3 + row]):
+            shift = apart * ((column > 0) + (column > 3))
+            assert (cell(sheet[:, shift:], row, column) == value).all()
+    square = pictures.cornered(flat([1, 2, 3, 4]), flat(range(10, 19)))
+    assert (cell(square, 0, 0) == 1).all()
+    assert (cell(square, 1, 0) == 255).all()
+    assert (cell(square, 2, 0) == 3).all()
+    assert (cell(square[:, 2 * apart :], 0, 4) == 2).all()
+    assert (cell(square[:, 2 * apart :], 2, 4) == 4).all()
+    assert (cell(square[:, apart:], 1, 2) == 14).all()
+
+
 def test_png(tmp_path):
     sheet = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     pictures.save_png(tmp_path / "a.png", sheet)

@@ -37,8 +37,8 @@ length = "3 steps"
 class_factor = "factor_0"
 k = 2
 """
-COMMANDS = ("sample", "reconstruct", "translate", "evaluate")
-WITH_DATA = ("reconstruct", "translate", "evaluate")
+COMMANDS = ("sample", "reconstruct", "interpolate", "translate", "encode", "evaluate")
+WITH_DATA = ("reconstruct", "interpolate", "translate", "encode", "evaluate")
 
 
 def write_data(path: Path, seed: int = 0, n: int = 40, **more) -> Path:

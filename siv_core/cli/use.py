@@ -1,4 +1,4 @@
-"""A run put to use: `siv evaluate`, `sample`, `reconstruct`, `translate`."""
+"""A run put to use: `siv evaluate`, `sample`, `reconstruct`, `interpolate`, `translate`, `encode`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ MODEL = options(
     ),
     device_option,
 )
+FOLDER = options(click.option("--out", type=PATH, help="Folder for the results; default: RUN/outputs."), json_option)
 OUT = options(
-    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."),
-    click.option("--out", type=PATH, help="Folder for the results; default: RUN/outputs."),
-    json_option,
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."), FOLDER
+)
+OWN_LABELS = click.option(
+    "--labels", metavar="3|0,1,…", help="Of a conditional model: the class of your pictures, one for all or one for each."
 )
 
 
@@ -56,25 +58,41 @@ def evaluate(as_json: bool, **which: Any) -> None:
 
 @click.command()
 @MODEL
-@click.option("-n", "--number", "count", default=64, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("-n", "--number", "count", type=click.IntRange(1), help="How many; default: 64, with --labels each 8 a class.")
+@click.option(
+    "--labels",
+    metavar="0,1,…|each",
+    help="Of a conditional model: classes, in turn; each: a row for every class, of the same noise. Default: all in turn.",
+)
+@click.option(
+    "--truncation",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    metavar="PSI",
+    help="Codes at this share of their way from the prior's mean.",
+)
+@click.option("--arrays/--no-arrays", default=True, help="Beside the picture the samples as safetensors; default: yes.")
 @OUT
-def sample(count: int, seed: int, out: Path | None, as_json: bool, **which: Any) -> None:
+def sample(count: int | None, seed: int, out: Path | None, as_json: bool, **given: Any) -> None:
     """Draw samples from the prior of RUN: a picture and an array."""
     watcher = screen(as_json, at_once=True)
     from siv_core.runs import opened
     from siv_core.use import apply
 
-    one = opened.open_run(**which)
+    how = {name: given.pop(name) for name in ("labels", "truncation", "arrays")}
+    one = opened.open_run(**given)
     data, note = (None, None) if one.model.spec.kind == "image" else opened.data_to_draw(one)
-    made = apply.sample(one.model, out or one.run_dir.path / "outputs", count, seed, one.built.metrics(), data, note)
-    told(watcher, made, as_json)
+    folder = out or one.run_dir.path / "outputs"
+    told(watcher, apply.sample(one.model, folder, count, seed, one.built.metrics(), data, note, **how), as_json)
 
 
 @click.command()
 @MODEL
 @click.argument("images", type=PATH, nargs=-1)
+@OWN_LABELS
 @OUT
-def reconstruct(images: tuple[Path, ...], seed: int, out: Path | None, as_json: bool, **which: Any) -> None:
+def reconstruct(images: tuple[Path, ...], labels: str | None, seed: int, out: Path | None, as_json: bool, **which: Any) -> None:
     """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
     watcher = screen(as_json, at_once=True)
     from siv_core.runs import opened
@@ -82,11 +100,75 @@ def reconstruct(images: tuple[Path, ...], seed: int, out: Path | None, as_json: 
 
     one = opened.open_run(**which)
     about = "" if images else opened.need_data(one, watcher.progress)
-    told(
-        watcher,
-        apply.reconstruct(one.model, one.built.dataset, out or one.run_dir.path / "outputs", images, seed, about),
-        as_json,
-    )
+    folder = out or one.run_dir.path / "outputs"
+    told(watcher, apply.reconstruct(one.model, one.built.dataset, folder, images, seed, about, labels), as_json)
+
+
+@click.command()
+@MODEL
+@click.argument("images", type=PATH, nargs=-1)
+@click.option(
+    "--steps", default=7, show_default=True, type=click.IntRange(2), help="Images from one end to the other, with both."
+)
+@click.option(
+    "--path",
+    type=click.Choice(["linear", "spherical"]),
+    default="linear",
+    show_default=True,
+    help="Straight lines between the codes, or great circles.",
+)
+@click.option("--corners", is_flag=True, help="Four held-out images as the corners of a square.")
+@click.option("-n", "--number", "count", type=click.IntRange(1), help="Held-out pairs; default: 4.")
+@OWN_LABELS
+@OUT
+def interpolate(
+    images: tuple[Path, ...], corners: bool, count: int | None, seed: int, out: Path | None, as_json: bool, **given: Any
+) -> None:
+    """What RUN sees between two IMAGES, or between four as the corners of a square: top left, top right, bottom left, bottom
+    right. Without arguments between pairs of held-out images."""
+    if corners and count is not None:
+        raise click.UsageError("-n counts pairs: leave it out with --corners")
+    if images and (corners or count is not None):
+        raise click.UsageError("-n and --corners choose held-out images: leave them out with pictures of yours")
+    watcher = screen(as_json, at_once=True)
+    from siv_core.runs import opened
+    from siv_core.use import apply
+
+    how = {name: given.pop(name) for name in ("steps", "path", "labels")}
+    one = opened.open_run(**given)
+    how |= {"corners": corners, "count": count or 4, "seed": seed}
+    about = "" if images else opened.need_data(one, watcher.progress)
+    folder = out or one.run_dir.path / "outputs"
+    told(watcher, apply.interpolate(one.model, one.built.dataset, folder, images, about=about, **how), as_json)
+
+
+@click.command()
+@MODEL
+@click.argument("images", type=PATH, nargs=-1, metavar="[FILES]...")
+@click.option("--split", type=click.Choice(["train", "held_out", "all"]), help="Of the run's data; default, without FILES: all.")
+@OWN_LABELS
+@FOLDER
+def encode(
+    images: tuple[Path, ...], split: str | None, labels: str | None, out: Path | None, as_json: bool, **which: Any
+) -> None:
+    """The latents of RUN's data, or of pictures and folders of yours: means and log-variances of every group as safetensors, and
+    the names of the rows, their mean and standard deviation as JSON."""
+    if images and split:
+        raise click.UsageError("--split is of the run's data: leave it out with pictures of yours")
+    if labels is not None and not images:
+        raise click.UsageError("--labels are of pictures of yours: the run's data bring their own")
+    watcher = screen(as_json, at_once=True)
+    from siv_core.runs import opened
+    from siv_core.use import apply
+
+    one = opened.open_run(**which)
+    folder = out or one.run_dir.path / "outputs"
+    if images:
+        made = apply.encode_own(one.model, folder, images, labels, watcher.progress)
+    else:
+        about = opened.need_data(one, watcher.progress)
+        made = apply.encode(one.model, one.built.dataset, folder, split or "all", about, watcher.progress)
+    told(watcher, made, as_json)
 
 
 @click.command()
@@ -116,8 +198,9 @@ def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
+        held = ", ".join(f"{name} {array['shape']} {array['type']}" for name, array in result["arrays"].items())
         for path in result["files"]:
-            watcher.say(f"wrote {one_line(path)}")
+            watcher.say(f"wrote {one_line(path)}" + (f": {held}" if path.endswith(".safetensors") else ""))
 
 
 def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ from siv_core.use import pictures
 from siv_core.use.pictures import Picture
 
 SHOWN = 8  # images a row of a picture
+CLASSES = 16  # of a conditional model in a picture that nobody asked for class by class
 DRAWN = 5000  # samples in a picture that a metric draws
 GAP_IMAGES = 1024  # held-out ones that it takes
 LARGE_GAP = 0.1  # a relative difference that is warned of
@@ -184,11 +185,27 @@ def preview(
     """Held-out images, their reconstructions, and samples below; of other data what a metric draws, or None."""
     if model.spec.kind != "image":
         return draw({"": model}, metrics, data, seed, log=log)
-    shown = [reconstructions(model, *held_out(data, model, SHOWN, seed))]
-    shown.append(pictures.grid(pictures.to_uint8(model.sample(2 * SHOWN, seed), model.spec.value_range), SHOWN))
+    above = reconstructions(model, *held_out(data, model, SHOWN, seed))
+    shown = [np.pad(above, ((0, 0), (_margin(model), 0), (0, 0)), constant_values=255), samples(model, 2, seed)]
     width = max(picture.shape[1] for picture in shown)
     padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in shown]
     return np.concatenate(padded)
+
+
+def samples(model: Model, rows: int, seed: int) -> Picture:
+    """`rows` of samples, `SHOWN` a row; of a conditional model a row for each class, of the same noise along a column. Of more
+    than `CLASSES` classes so many are shown, evenly from the first to the last."""
+    if not model.spec.conditional:
+        return pictures.grid(pictures.to_uint8(model.sample(rows * SHOWN, seed), model.spec.value_range), SHOWN)
+    known = model.spec.classes or 0
+    labels = torch.linspace(0, known - 1, min(known, CLASSES)).round().long()
+    x = model.sample_classes(SHOWN, seed, labels.tolist()).flatten(0, 1)
+    return pictures.by_class(pictures.to_uint8(x, model.spec.value_range), labels.repeat_interleave(SHOWN).tolist(), SHOWN)
+
+
+def _margin(model: Model) -> int:
+    """What `samples` has to the left of its images."""
+    return pictures.MARGIN if model.spec.conditional else 0
 
 
 @frozen(eq=False)
@@ -261,7 +278,7 @@ def final_pictures(
         made["samples"] = draw({"": model}, metrics, data, seed, log=log)
     else:
         value_range = model.spec.value_range
-        made["samples"] = pictures.grid(pictures.to_uint8(model.sample(8 * SHOWN, seed), value_range), SHOWN)
+        made["samples"] = samples(model, 8, seed)
         made["reconstructions"] = reconstructions(model, *held_out(data, model, 4 * SHOWN, seed))
         if model.translate:
             made["translation"] = translation(model, *held_out_pairs(data, model, SHOWN, seed)).picture(value_range)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,23 +75,36 @@ def listed(text: str) -> list[Path]:
 def own_images(paths: Sequence[Path], model: Model) -> tuple[Tensor, list[str]]:
     """A user's pictures, and those in folders, fitted to the model: [N, *spec.shape], and a line for each that had to be changed
     and for what was not taken."""
-    if model.spec.kind != "image":
-        raise UserError(f"this model is of arrays {list(model.spec.shape)}: pictures cannot be put into it; leave the files out")
+    _takes_pictures(model)
     taken, notes = expand(paths)
-    fitted, problems = [], list[str]()
-    for path in taken:
+    images = []
+    for path, x, changes in fitted(taken, model):
+        if changes:
+            notes.append(f"{one_line(path)}: {', '.join(changes)}")
+        images.append(x)
+    return torch.stack(images), notes
+
+
+def fitted(paths: Iterable[Path], model: Model) -> Iterator[tuple[Path, Tensor, list[str]]]:
+    """One picture after the other: its file, what the model takes [*spec.shape], and what was changed for that. After the last
+    one a `UserError` of all that could not be read."""
+    _takes_pictures(model)
+    problems = list[str]()
+    for path in paths:
         try:
             picture, told = load(path)
             x, changes = fit(picture, model.spec)
         except UserError as error:
             problems += error.problems
             continue
-        if told or changes:
-            notes.append(f"{one_line(path)}: {', '.join([*told, *changes])}")
-        fitted.append(x)
+        yield path, x, [*told, *changes]
     if problems:
         raise UserError(problems)
-    return torch.stack(fitted), notes
+
+
+def _takes_pictures(model: Model) -> None:
+    if model.spec.kind != "image":
+        raise UserError(f"this model is of arrays {list(model.spec.shape)}: pictures cannot be put into it; leave the files out")
 
 
 def load(path: Path) -> tuple[Image.Image, list[str]]:

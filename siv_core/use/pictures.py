@@ -64,6 +64,47 @@ def matrix(left: NDArray[np.uint8], top: NDArray[np.uint8], cells: NDArray[np.ui
     return sheet
 
 
+MARGIN = 40  # pixels left of the rows of `by_class`, for their numbers
+APART = 8  # pixels between images and what a model made of them
+
+
+def by_class(images: NDArray[np.uint8], labels: Sequence[int], columns: int) -> Picture:
+    """Images [N, H, W, 3] of each label in a row of their own, or in several where there are more than `columns`; rising labels,
+    each written before its first row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    blank = np.full_like(images[:1], 255)
+    cells, firsts = list[NDArray[np.uint8]](), dict[int, int]()
+    for label in sorted(set(labels)):
+        firsts[label] = sum(map(len, cells)) // columns
+        of_label = images[np.flatnonzero(np.asarray(labels) == label)]
+        cells += [of_label, blank.repeat(-len(of_label) % columns, axis=0)]
+    sheet = grid(np.concatenate(cells), columns)
+    height = (sheet.shape[0] - 2) * columns // sum(map(len, cells))
+    drawn = Image.fromarray(np.pad(sheet, ((0, 0), (MARGIN, 0), (0, 0)), constant_values=255))
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(16)
+    for label, row in firsts.items():
+        pen.text((MARGIN - 4, 1 + (row + 0.5) * height), str(label), fill="black", font=font, anchor="rm")
+    return np.asarray(drawn)
+
+
+def strips(left: NDArray[np.uint8], between: NDArray[np.uint8], right: NDArray[np.uint8]) -> Picture:
+    """A row for each of `left` [R, …] and `right` [R, …] at its ends, what is `between` [R·K, …] them a little apart."""
+    steps = len(between) // len(left)
+    parts = zip(left[:, None], between.reshape(-1, steps, *between.shape[1:]), right[:, None], strict=True)
+    sheet = grid(np.concatenate([np.concatenate(row) for row in parts]), steps + 2)
+    width = (sheet.shape[1] - 2) // (steps + 2)
+    return np.insert(sheet, np.repeat([width, width * (steps + 1)], APART), 255, axis=1)
+
+
+def cornered(corners: NDArray[np.uint8], cells: NDArray[np.uint8]) -> Picture:
+    """`cells` [K·K, …] as a square, and a little apart the four images [4, …] that its corners belong to."""
+    side = round(len(cells) ** 0.5)
+    left, right = (np.full((side, *cells.shape[1:]), 255, np.uint8) for _ in range(2))
+    left[[0, -1]], right[[0, -1]] = corners[[0, 2]], corners[[1, 3]]
+    return strips(left, cells, right)
+
+
 def save_png(path: Path, picture: Picture) -> None:
     from PIL import Image
 
