@@ -7,11 +7,7 @@ In it `cars/list.txt` numbers the models, and `cars/STEM.mat` (MAT 5) holds `im`
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import os
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -24,7 +20,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from siv_core import Component, Progress, Rows, Spec, UserError, hookimpl, option
-from siv_core.data import datafile, mat5
+from siv_core.data import archives, datafile, download, mat5
 from siv_core.errors import one_line
 from siv_core.store import files
 
@@ -39,9 +35,6 @@ LAYOUT = (SIDE, SIDE, 3, AZIMUTHS, ELEVATIONS)  # of `im`
 MOST_DOWNLOADED = 1 << 30
 MOST_IN_A_FILE = 64 << 20
 MOST_IN_ALL_FILES = 4 << 30
-MOST_TIMES_SMALLER = 100  # an archive than what is in it: its images are compressed already
-CHUNK = 1 << 20
-KIB = 1024
 
 
 @frozen
@@ -73,27 +66,7 @@ class Folder:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file of a sensible size: a device or a pipe might never end."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{one_line(path)}: is no regular file")
-        check_size(path.stat().st_size, one_line(path))
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{one_line(path)}: cannot be read ({error.strerror})") from error
-
-
-class Inflated(gzip.GzipFile):
-    """The bytes of a tar.gz; one that announces more than any archive of images holds is no such archive."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(fileobj=file)
-        self.most = max(MOST_IN_A_FILE, MOST_TIMES_SMALLER * os.fstat(file.fileno()).st_size)
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= MOST_IN_A_FILE + tarfile.BLOCKSIZE or self.tell() > self.most:
-            raise tarfile.ReadError("it unpacks to far more than an archive of images does")
-        return super().read(size)
+    return archives.read(path, MOST_IN_A_FILE, "a car")
 
 
 class Archive:
@@ -120,28 +93,16 @@ class Archive:
 
     def _walk(self, take: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """(file name, bytes) of the cars' files; only those in `take` are read, of others the bytes are empty."""
-        total = of_cars = self.file.seek(0)
-        try:
-            with Inflated(self.file) as inflated, tarfile.open(fileobj=inflated, mode="r:") as tar:
-                for member in tar:
-                    path, where = PurePosixPath(member.name), f"{self.name}: {one_line(member.name)}"
-                    total += member.size
-                    if member.size < 0 or total > inflated.most:
-                        raise tarfile.ReadError("it unpacks to far more than an archive of images does")
-                    if path.parent.name != "cars" or not is_car_file(path.name):
-                        continue
-                    if path.is_absolute() or ".." in path.parts or not member.isreg():
-                        raise UserError(f"{where} is no regular file inside the archive")
-                    check_size(member.size, where)
-                    of_cars += member.size
-                    if of_cars > MOST_IN_ALL_FILES:
-                        raise UserError(f"{self.name}: its cars take more than {MOST_IN_ALL_FILES >> 20} MiB unpacked")
-                    reader = tar.extractfile(member) if path.name in take else None
-                    yield path.name, reader.read() if reader else b""
-        except UserError:
-            raise
-        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, OverflowError) as error:
-            raise UserError(f"{self.name}: cannot be read as a tar.gz archive ({one_line(error)})") from error
+        of_cars = 0
+        for name, size, data in archives.tar_gz(self.file, self.name, is_of_cars, MOST_IN_A_FILE, lambda path: path.name in take):
+            of_cars += size
+            if of_cars > MOST_IN_ALL_FILES:
+                raise UserError(f"{self.name}: its cars take more than {MOST_IN_ALL_FILES >> 20} MiB unpacked")
+            yield name, data
+
+
+def is_of_cars(path: PurePosixPath) -> bool:
+    return path.parent.name == "cars" and is_car_file(path.name)
 
 
 def is_car_file(name: str) -> bool:
@@ -151,11 +112,6 @@ def is_car_file(name: str) -> bool:
 
 def mat_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.mat") if is_car_file(path.name))  # of a folder that is not there: none
-
-
-def check_size(size: int, where: str) -> None:
-    if size > MOST_IN_A_FILE:
-        raise UserError(f"{where}: has {size >> 20} MiB; a car takes far less than {MOST_IN_A_FILE >> 20} MiB")
 
 
 @contextlib.contextmanager
@@ -256,20 +212,6 @@ def survey(cars: Folder | Archive, problems: list[str], progress: Progress) -> d
     return {"list.txt": text is not None, "cars": len(stems), "readable": good, "expected": MODELS, "problems": problems}
 
 
-def download(file: BinaryIO, progress: Progress) -> None:
-    from urllib.request import urlopen
-
-    with urlopen(URL, timeout=60) as response:
-        total, done = int(response.headers.get("Content-Length") or 0), 0
-        while chunk := response.read(CHUNK):
-            done += len(chunk)
-            if max(done, total) > MOST_DOWNLOADED:
-                raise UserError(f"{URL}: offers more than {MOST_DOWNLOADED >> 20} MiB; the archive is smaller, nothing was kept")
-            file.write(chunk)
-            progress(f"fetching {ARCHIVE} (KiB)", done // KIB, max(done, total) // KIB)
-    file.flush()
-
-
 class Cars3D:
     def __init__(self, size: int, held_out_models: int, split_seed: int, archive: str) -> None:
         self.size, self.held_out_models, self.split_seed, self.archive = size, held_out_models, split_seed, archive
@@ -306,21 +248,7 @@ class Cars3D:
 
     def fetch(self, progress: Progress) -> None:
         """Download the archive, unless it is there; what has not the right digest is not kept."""
-        from http.client import HTTPException
-
-        target = self.folder / ARCHIVE
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(self.folder)  # of a download that was killed
-        if target.is_file() and files.digest(target, "md5") == MD5:
-            return
-        with files.replacing(target) as file:
-            try:
-                download(file, progress)
-            except (OSError, HTTPException) as error:  # HTTPException: an answer that is no HTTP, or breaks off
-                raise UserError(f"{URL}: cannot be fetched ({error}); get {ARCHIVE} elsewhere and put it at {target}") from error
-            actual = files.digest(Path(file.name), "md5")
-            if actual != MD5:
-                raise UserError(f"{URL}: what came has the MD5 {actual}, the original archive has {MD5}; nothing was kept")
+        download.fetch(URL, self.folder / ARCHIVE, MD5, MOST_DOWNLOADED, progress)
 
     def prepare(self, progress: Progress) -> None:
         if self.path.exists():
