@@ -154,7 +154,8 @@ def checked(path: Path, progress: Progress) -> dict[str, Any]:
         return own_pictures.check(path, progress)
     if path.suffix.lower() not in (".h5", ".hdf5"):
         catalogue = catalogues.load()
-        for name in catalogue.names("dataset"):
+        # whose name is in the file's own is asked first: others may take any archive for theirs
+        for name in sorted(catalogue.names("dataset"), key=lambda name: letters(name) not in letters(path.name)):
             component: Any = catalogue.get("dataset", name)
             try:
                 check = getattr(component.build(component.config()), "check", None)
@@ -164,3 +165,8 @@ def checked(path: Path, progress: Progress) -> dict[str, Any]:
             if report is not None:
                 return report
     return own_pictures.check(path, progress) if path.is_dir() else datafile.check(path, progress)
+
+
+def letters(name: str) -> str:
+    """Without what people put between them: cifar10 is in cifar-10-python.tar.gz."""
+    return "".join(c for c in name.lower() if c.isalnum())

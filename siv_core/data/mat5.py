@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEADER = 128  # bytes
-BYTES, MATRIX, COMPRESSED, UINT8_CLASS = 2, 14, 15, 9  # types of elements, and the class of a matrix
+PEEK = 4096  # bytes of a variable in which its name stands: others need not be unpacked
+BYTES, MATRIX, COMPRESSED = 2, 14, 15  # types of elements
+DOUBLE_CLASS, UINT8_CLASS = 6, 9  # of a matrix; MATLAB stores doubles that are small whole numbers as bytes
 
 
 def read_uint8(mat: bytes, wanted: str, most: int) -> tuple[tuple[int, ...], NDArray[np.uint8] | None]:
-    """(shape, values) of a variable; no values of one that is no plain uint8 array.
+    """(shape, values) of a variable; no values of one that is not stored as plain bytes.
 
     A file that is damaged, or a variable of more than `most` bytes, is a ValueError.
     """
@@ -34,27 +36,42 @@ def _read_uint8(mat: bytes, wanted: str, most: int) -> tuple[tuple[int, ...], ND
     if len(mat) < HEADER or mat[126:128] not in marks:
         raise ValueError("it has no header of one")
     order = marks[mat[126:128]]
-    for kind, data in elements(mat[HEADER:], order):
+    for kind, data in elements(memoryview(mat)[HEADER:], order):
         if kind == COMPRESSED:
+            if _name(zlib.decompressobj().decompress(data, PEEK), order) not in (None, wanted):
+                continue
             inflater = zlib.decompressobj()
             whole = inflater.decompress(data, most)
             if inflater.unconsumed_tail:
                 raise ValueError(f"a variable has more than {most >> 20} MiB")
-            kind, data = next(elements(whole, order), (0, b""))
+            kind, data = next(elements(memoryview(whole), order), (0, memoryview(b"")))
         if kind != MATRIX:
             continue
         (_, flags), (_, dims), (_, name), *rest = islice(elements(data, order), 4)
-        if name.rstrip(b"\0").decode("ascii", "replace") != wanted:
+        if _text(name) != wanted:
             continue
         shape = struct.unpack(f"{order}{len(dims) // 4}i", dims)
-        plain = rest and rest[0][0] == BYTES and struct.unpack(f"{order}I", flags[:4])[0] & 0x8FF == UINT8_CLASS
+        kinds = (UINT8_CLASS, DOUBLE_CLASS)
+        plain = rest and rest[0][0] == BYTES and struct.unpack(f"{order}I", flags[:4])[0] & 0x8FF in kinds
         if not plain or len(rest[0][1]) != prod(shape) or min(shape) < 0:
             return shape, None
         return shape, np.frombuffer(rest[0][1], np.uint8).reshape(shape, order="F")
     raise ValueError("it has no such variable")
 
 
-def elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+def _name(head: bytes, order: str) -> str | None:
+    """The name of the variable that these first bytes are of; None where they do not tell."""
+    if len(head) < 8 or struct.unpack_from(f"{order}I", head)[0] != MATRIX:
+        return None
+    parts = [data for _, data in islice(elements(memoryview(head)[8:], order), 3)]
+    return _text(parts[2]) if len(parts) == 3 else None
+
+
+def _text(name: memoryview) -> str:
+    return bytes(name).rstrip(b"\0").decode("ascii", "replace")
+
+
+def elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
     """(type, bytes) of each element of a MAT 5 file, or of a variable in it."""
     at = 0
     while at + 8 <= len(data):
