@@ -62,11 +62,8 @@ PRESETS = {
     "glann": Preset((3, 8, 13, 21), low=-1.0),  # its pass ends before the last ReLU, so that one overwrites nothing
     "normalised": Preset((3, 8, 13, 22, 30), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
-
-
-HED_PRESETS = {
-    "normalised": evolve(PRESETS["normalised"], mean=tuple(level / 255 for level in HED_MEAN), std=(HED_UNIT / 255,) * 3)
-}
+RED, GREEN, BLUE = (level / 255 for level in HED_MEAN)
+HED_PRESETS = {"normalised": evolve(PRESETS["normalised"], mean=(RED, GREEN, BLUE), std=(HED_UNIT / 255,) * 3)}
 
 
 @frozen
