@@ -8,12 +8,9 @@ Beside the model stand images that anybody could show, and what it shows itself 
 
 from __future__ import annotations
 
-import importlib.metadata
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +26,9 @@ from siv_core.latents import Codes
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
 from siv_core.seeding import stream_seed
-from siv_core.store import files, weights
+from siv_core.use import image_distances
 from siv_core.use.evaluate import labels_of
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # (image, truth), both [N, C, H, W] in [0, 1] -> [N]
 Ints = NDArray[np.int64]
 
 WHAT = "content transfer"
@@ -50,9 +46,6 @@ STRANGERS = {  # the decoder's image of one code of the pair and that of a stran
     "random_class": "the content source's content code with the class code of any image of another class",
     "random_content": "the class source's class code with the content code of any image of another content",
 }
-LEAST_MSE = 1e-10  # keeps the PSNR of equal images finite, at 100 dB
-SSIM_WINDOW, SSIM_SIGMA, SSIM_K = 11, 1.5, (0.01, 0.03)
-LPIPS_PIXELS = 1 << 16  # of the images compared at once: VGG's feature maps take about 2 kB a pixel
 
 
 @frozen
@@ -61,7 +54,9 @@ class ContentTransferConfig:
     pairs: int = option(5, doc="source pairs drawn for every held-out image", ge=1)
     seed: int = option(0, doc="of the drawing of pairs", ge=0)
     batch: int = option(128, doc="images in memory at once", ge=1)
-    lpips: tuple[str, ...] = option(("alex", "vgg"), doc="backbones of LPIPS v0.1; [] leaves it out", choices=("alex", "vgg"))
+    lpips: tuple[str, ...] = option(
+        image_distances.LPIPS_NAMES, doc="backbones of LPIPS v0.1; [] leaves it out", choices=image_distances.LPIPS_NAMES
+    )
 
 
 def positions_by(values: Ints) -> dict[int, Ints]:
@@ -88,85 +83,6 @@ def draw_sources(classes: Ints, contents: Ints, pairs: int, seed: int, names: li
     return sources
 
 
-def mse(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).square().flatten(1).mean(dim=1)
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    return -10 * torch.log10(mse(x, y).clamp_min(LEAST_MSE))
-
-
-def _windows(size: int, like: Tensor) -> Tensor:
-    """[size - 10, size]: each row a window. On a CPU two small matrix products are several times faster than a convolution."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=like.dtype, device=like.device) - SSIM_WINDOW // 2
-    weights = torch.softmax(-offsets.square() / (2 * SSIM_SIGMA**2), dim=0)
-    matrix = like.new_zeros(size - SSIM_WINDOW + 1, size)
-    for row in range(len(matrix)):
-        matrix[row, row : row + SSIM_WINDOW] = weights
-    return matrix
-
-
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, equation 13) [N]: mean over channels and every whole window; data range 1."""
-    down, across = _windows(x.shape[2], x), _windows(x.shape[3], x).T
-    mu_x, mu_y, xx, yy, xy = (down @ image @ across for image in (x, y, x * x, y * y, x * y))
-    c1, c2 = (k**2 for k in SSIM_K)
-    luminance = (2 * mu_x * mu_y + c1) / (mu_x.square() + mu_y.square() + c1)
-    structure = (2 * (xy - mu_x * mu_y) + c2) / (xx - mu_x.square() + yy - mu_y.square() + c2)
-    return (luminance * structure).flatten(1).mean(dim=1)
-
-
-class Backbone(NamedTuple):
-    trunk: str  # torchvision's file: the first 8 digits of its sha256 stand before the suffix
-    heads: str  # sha256 of the linear heads v0.1 that come with the package lpips
-    smallest: int  # pixels a side below which a pooling layer has nothing left
-
-
-BACKBONES = {
-    "alex": Backbone("alexnet-owt-7be5be79.pth", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", 31),
-    "vgg": Backbone("vgg16-397923af.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 16),
-}
-
-
-def read_weights(backbone: str) -> tuple[tuple[bytes, str], tuple[bytes, str]]:
-    """Trunk and heads, each as bytes with their sha256."""
-    trunk, heads, _ = BACKBONES[backbone]
-    path = files.data_root() / "weights" / trunk
-    bundled = importlib.metadata.distribution("lpips").locate_file(f"lpips/weights/v0.1/{backbone}.pth")
-    return (
-        weights.read(
-            path, path.stem.rpartition("-")[2], f"download https://download.pytorch.org/models/{trunk} into {path.parent}"
-        ),
-        weights.read(Path(str(bundled)), heads, "pip install --force-reinstall --no-deps lpips==0.1.4"),
-    )
-
-
-def lpips_distance(backbone: str, device: torch.device) -> tuple[Distance, dict[str, str]]:
-    """LPIPS v0.1 (Zhang et al. 2018) with weights checked on the very bytes that are loaded, and what identifies it."""
-    (trunk, trunk_sha256), (heads, heads_sha256) = read_weights(backbone)
-    with warnings.catch_warnings():
-        # lpips 0.1.4, its last release, asks torchvision for an untrained trunk by an argument that was renamed in 0.13
-        warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)
-        warnings.filterwarnings("ignore", "Arguments other than a weight enum", UserWarning)
-        import lpips
-
-        # on "meta" nothing is initialised: no random number is used up, and VGG's 500 MB classifier is never made
-        with torch.device("meta"):
-            net = lpips.LPIPS(net=backbone, version="0.1", pretrained=False, pnet_rand=True, verbose=False)
-    its, state = (weights.state_dict(data, Path(backbone)) for data in (trunk, heads))
-    state.update({f"net.{name}": its["features." + name.partition(".")[2]] for name in net.net.state_dict()})
-    net.load_state_dict(state, strict=False, assign=True)  # not strict: lpips has its heads under two names each
-    net.to(device).eval()
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        size = max(1, LPIPS_PIXELS // (x.shape[2] * x.shape[3]))
-        pairs = zip(*((2 * image.expand(-1, 3, -1, -1) - 1).split(size) for image in (x, y)), strict=True)
-        return torch.cat([net(a, b).flatten() for a, b in pairs])
-
-    about = {"package": importlib.metadata.version("lpips"), "version": "0.1", "input": "[-1, 1], grey repeated to 3 channels"}
-    return distance, {**about, "trunk_sha256": trunk_sha256, "heads_sha256": heads_sha256}
-
-
 @frozen(eq=False)
 class Split:
     """The images of a split, and which class and content each of them is."""
@@ -189,12 +105,7 @@ class Split:
 
     def nearest(self, x: Tensor, positions: Ints) -> Tensor:
         """Positions [n] of those among `positions` that are nearest to each of x [n, …]."""
-        best, found = torch.full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64)
-        for at, among in self.parts(positions):
-            distance, index = torch.cdist(x.flatten(1), among.flatten(1)).min(dim=1)
-            nearer = distance.cpu() < best
-            best, found = torch.where(nearer, distance.cpu(), best), torch.where(nearer, at[index.cpu()], found)
-        return found
+        return image_distances.nearest(x, self.parts(positions))
 
 
 @frozen
@@ -204,13 +115,7 @@ class ContentTransfer:
     config: ContentTransferConfig
 
     def needs(self) -> Iterable[str]:
-        problems = []
-        for backbone in self.config.lpips:
-            try:
-                read_weights(backbone)
-            except UserError as error:
-                problems.append(f"lpips_{backbone}: {error}")
-        return problems
+        return image_distances.needs(self.config.lpips)
 
     def fits(self, data: Dataset) -> Iterable[str]:
         try:
@@ -225,13 +130,13 @@ class ContentTransfer:
         rows, train_rows = data.rows("held_out"), data.rows("train")
         held_out, train = self._split(rows, model.device), self._split(train_rows, model.device)
         sources, strangers = self._sources(rows), self._strangers(held_out)
-        distances, skipped, identity = self._distances(model.device)
+        compared, skipped, identity = image_distances.available(self.spec.shape, self.config.lpips, model.device)
         codes = self._encode(model, rows, progress)
         targets = torch.arange(len(rows)).repeat_interleave(self.config.pairs)
         sums: dict[str, float] = defaultdict(float)  # plain numbers: small tensors kept between the batches' large ones cost GBs
 
         def compare(variant: str, image: Tensor, truth: Tensor, what: str, done: int, total: int) -> None:
-            for name, distance in distances.items():
+            for name, distance in compared.items():
                 progress(what, done, total)
                 sums[f"{name}.{variant}" if variant else name] += float(distance(image, truth).double().sum())
 
@@ -251,7 +156,7 @@ class ContentTransfer:
                 compare("nearest_train", train.read(nearest(own[0], targets[at])), truth, *place)
         each = ("mean_image", "class_mean", "view_mean")  # of an image, not of a pair
         means = {name: total / len(rows if name.partition(".")[2] in each else targets) for name, total in sums.items()}
-        skipped |= {f"{name}.{baseline}": why for baseline, why in lacking.items() for name in distances}
+        skipped |= {f"{name}.{baseline}": why for baseline, why in lacking.items() for name in compared}
         return Measurement({**_values(means), **skipped}, self._protocol(len(rows), len(train_rows), identity))
 
     def _baselines(self, held_out: Split, train: Split, compare: Callable[..., None]) -> tuple[Any, dict[str, str]]:
@@ -317,25 +222,6 @@ class ContentTransfer:
                 chosen[side, own] = others[(uniform[side, own] * len(others)).astype(np.int64)]
         return torch.from_numpy(chosen.reshape(2, -1))
 
-    def _distances(self, device: torch.device) -> tuple[dict[str, Distance], dict[str, str], dict[str, Any]]:
-        """What can be computed, why the rest cannot, and which LPIPS it is."""
-        distances: dict[str, Distance] = {"mse": mse, "psnr": psnr, "ssim": ssim}
-        skipped, identity = {}, {}
-        channels, side = self.spec.shape[0], min(self.spec.shape[1:])
-        if side < SSIM_WINDOW:
-            skipped["ssim"] = f"images of {side} pixels are smaller than its window of {SSIM_WINDOW}"
-            del distances["ssim"]
-        for backbone in self.config.lpips:
-            name, smallest = f"lpips_{backbone}", BACKBONES[backbone].smallest
-            if channels not in (1, 3) or side < smallest:
-                skipped[name] = f"takes grey or RGB images of at least {smallest} pixels, not {channels} channels of {side}"
-                continue
-            try:
-                distances[name], identity[name] = lpips_distance(backbone, device)
-            except UserError as error:
-                skipped[name] = str(error)
-        return distances, skipped, identity
-
     def _encode(self, model: Model, rows: Rows, progress: Progress) -> Codes:
         codes = {group: torch.empty(len(rows), model.groups[group], device=model.device) for group in self.translate}
         for at in torch.arange(len(rows)).split(self.config.batch):
@@ -346,8 +232,7 @@ class ContentTransfer:
         return codes
 
     def _unit(self, x: Tensor) -> Tensor:
-        low, high = self.spec.value_range
-        return ((x - low) / (high - low)).clamp(0, 1)
+        return image_distances.unit(x, self.spec.value_range)
 
     def _protocol(self, targets: int, train: int, identity: dict[str, Any]) -> dict[str, Any]:
         own, others = self.config.class_factor, sorted(self.spec.factors.keys() - {self.config.class_factor})
@@ -360,8 +245,7 @@ class ContentTransfer:
             "codes": "posterior means",
             "images": {"shape": list(self.spec.shape), "value_range": list(self.spec.value_range)},
             "compared": "scaled to [0, 1], the decoder's clamped to it; mse is a mean over C·H·W; average of each image's values",
-            "psnr": {"peak": 1, "least_mse": LEAST_MSE},
-            "ssim": {"window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k": list(SSIM_K), "data_range": 1, "padding": "valid"},
+            **image_distances.PROTOCOL,
             "lpips": identity,
             "mean_image": {"split": "train", "images": train},
             "baselines": BASELINES,

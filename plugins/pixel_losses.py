@@ -16,14 +16,19 @@ class NoOptions:
     pass
 
 
-def mse(x: Tensor, y: Tensor) -> Tensor:
-    """Σ (x − y)², [N]; no ½ and no mean, as in Soft-IntroVAE's code."""
-    return (x - y).square().flatten(1).sum(dim=1)
+@frozen
+class PowerLoss:
+    """Σ |x − y|^power, [N]; no ½ and no mean, as in Soft-IntroVAE's code. Its `power` makes a likelihood of it: see
+    `siv_core.losses.log_normaliser`."""
+
+    power: int  # 2: a Gaussian's; 1: a Laplace distribution's
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        difference = x - y
+        return (difference.square() if self.power == 2 else difference.abs()).flatten(1).sum(dim=1)
 
 
-def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Σ |x − y|, [N]."""
-    return (x - y).abs().flatten(1).sum(dim=1)
+mse, l1 = PowerLoss(2), PowerLoss(1)
 
 
 def bce(x: Tensor, y: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from siv_core.errors import UserError, near_miss
 from siv_core.protocols import Spec
 
 FAR = 16  # times the width of the value range beyond it: no decoder gives that, 0 … 255 is as far
+ROUNDING = 1e-3  # times that width: what images may lie beyond it
 
 
 def images(x: Any, spec: Spec, dtype: torch.dtype | None, what: str = "x") -> None:
@@ -36,6 +37,18 @@ def images(x: Any, spec: Spec, dtype: torch.dtype | None, what: str = "x") -> No
     far = FAR * (high - low)
     if spec.kind == "image" and (highest > high + far or lowest < low - far):
         raise UserError(f"{what}: goes from {lowest:g} to {highest:g}, images of this model are floats in [{low:g}, {high:g}]")
+
+
+def in_range(x: Tensor, value_range: tuple[float, float], what: str) -> None:
+    """Images that are to be compared lie within their value range; rounding apart."""
+    low, high = value_range
+    lowest, highest = (float(value) for value in x.aminmax()) if x.numel() else value_range
+    slack = ROUNDING * (high - low)
+    if not (lowest >= low - slack and highest <= high + slack):  # what is no number is not within it
+        raise UserError(
+            f"{what}: go from {lowest:g} to {highest:g}, their value range is said to be [{low:g}, {high:g}]: give the data"
+            " set its own range, or scale them"
+        )
 
 
 def _shape(x: Tensor, spec: Spec, what: str) -> None:

@@ -64,3 +64,16 @@ def sampled_kl(log_prob: Callable[[Tensor], Tensor], q: Gaussian, noise: Tensor)
     n, draws, d = noise.shape
     z = q.mu[:, None] + noise * torch.exp(0.5 * q.logvar)[:, None]  # [N, S, d]
     return -entropy(q) - log_prob(z.reshape(n * draws, d)).reshape(n, draws).mean(dim=1)
+
+
+def log_normaliser(power: int, beta: float, dims: int) -> float:
+    """ln ∫ exp(−beta · Σ |x − y|^power) dx over all x of `dims` numbers, in nats.
+
+    power 2: a Gaussian of variance 1/(2 beta), ½ dims ln(π / beta); 1: a Laplace distribution of scale 1/beta.
+    """
+    return dims * (math.log(2) + math.lgamma(1 + 1 / power) - math.log(beta) / power)
+
+
+def best_beta(power: int, mean: float, dims: int) -> float:
+    """The beta under which samples with this mean of Σ |x − y|^power are the likeliest: of a Gaussian 1/(2 · variance)."""
+    return dims / (power * mean)

@@ -15,7 +15,7 @@ from siv_core.errors import UserError
 from siv_core.latents import Codes, Gaussian, Posterior
 from siv_core.nets import Priors, make_nets, rows_of, slices, sources
 from siv_core.protocols import Nets, Sources, Spec
-from siv_core.seeding import Streams
+from siv_core.seeding import Streams, stream_seed
 
 BATCH = 256  # images that the networks see at once
 
@@ -35,6 +35,7 @@ class Model:
     translate: tuple[str, str] | None  # (class group, content group) where there are two such
     device: torch.device
     reconstruction: Callable[[Tensor, Tensor], Tensor] | None = None  # the loss it was trained with, (x, y) -> [N]
+    decoder_beta: float | None = None  # the objective's beta_rec / beta_kl; None: it has no such one number
     logvar_bound: float | None = None
     batch_statistics: int = 0  # samples of a batch whose statistics its networks took in training; 0: they took none
     name: str = ""  # which checkpoint and weights these are
@@ -186,8 +187,15 @@ class Model:
 
         −beta_rec · r(x, D(z)) stands for ln p(x ∣ z), up to the constant of its normalisation: logsumexp over the draws minus
         ln draws, plus that constant, is the importance-weighted bound of Burda et al. 2016 (arXiv:1509.00519, equation 8). A
-        `UserError` where the reconstruction loss needs what is not at hand.
+        `UserError` where the reconstruction loss needs what is not at hand. `beta_rec` of the model's own objective is its
+        `decoder_beta`, since here the KL has the weight 1.
         """
+        rec, log_ratio = self.drawn(x, draws, labels=labels, seed=seed)
+        return log_ratio - beta_rec * rec
+
+    def drawn(self, x: Tensor, draws: int, *, labels: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """What `log_weights` are made of: r(x, D(z_m)), and ln p(z_m) − ln q(z_m ∣ x) of all groups in nats; each [N, draws],
+        float64, on the CPU."""
         inputs.count(draws, "draws", 1)
         inputs.count(seed, "seed", 0)
         inputs.images(x, self.spec, self._dtype)
@@ -198,16 +206,16 @@ class Model:
             raise UserError(str(lacking))
         getattr(loss, "prepare", lambda: None)()
         x, labels = x.to(self.device), None if labels is None else labels.to(self.device)
-        q, columns = self.encode(x, labels), []
+        q, recs, ratios = self.encode(x, labels), [], []
         for m in range(draws):
             z = latents.sample(q, self._sources().posterior(len(x), Streams(seed, m, self.device), "log_weights"))
-            y = self.decode(z, labels, seed)
+            y = self.decode(z, labels, stream_seed(seed, "log_weights", m))
             with self._quiet() as nets:
-                rec = torch.cat([loss(x[rows], y[rows]) for rows in _batches(len(x))]).double()  # [N]
+                recs.append(torch.cat([loss(x[rows], y[rows]) for rows in _batches(len(x))]).double().cpu())
                 log_p = {group: p.log_prob(z[group], labels).double() for group, p in nets.prior(frozen=True).items()}
             log_q = {group: latents.log_prob(q[group], z[group]).double() for group in q}
-            columns.append((losses.total(log_p) - losses.total(log_q) - beta_rec * rec).cpu())
-        return torch.stack(columns, dim=1)
+            ratios.append((losses.total(log_p) - losses.total(log_q)).cpu())
+        return torch.stack(recs, dim=1), torch.stack(ratios, dim=1)
 
     def interpolate(
         self,

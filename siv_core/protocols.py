@@ -139,7 +139,11 @@ class Networks(NamedTuple):
 
 
 class ReconstructionLoss(Protocol):
-    """Distance of y to x, one number a sample; pixel losses SUM over C·H·W."""
+    """Distance of y to x, one number a sample; pixel losses SUM over C·H·W.
+
+    Optional: `missing()` -> what is not at hand, or None, `prepare()` brings it; `power`: it is Σ |x − y|^power, so that
+    exp(−beta · r) is a density of x once it is normalised (`siv_core.losses.log_normaliser`): the metric `likelihood` gives nats.
+    """
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
@@ -13,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trunks
 from attrs import evolve
 from siv_plugins import content_transfer as plugin
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models import vgg
 
 from siv_core import Model, Rows, Spec, UserError
 from siv_core.errors import Stopped
 from siv_core.nets import Priors
+from siv_core.use import image_distances
 
 FACTORS = {"model": 6, "elevation": 2, "azimuth": 3}
 HELD_OUT = 4  # of the models
@@ -333,42 +331,6 @@ def test_a_single_held_out_class_is_named_by_its_factors() -> None:
         values_of(data, perfect(data))
 
 
-# SSIM.
-
-
-def naive_ssim(x: Tensor, y: Tensor) -> float:
-    """Window by window, weight by weight, in double precision."""
-    offsets = np.arange(11) - 5
-    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
-    window /= window.sum()
-    values = []
-    for a, b in zip(x.double().numpy(), y.double().numpy(), strict=True):
-        for top in range(a.shape[0] - 10):
-            for left in range(a.shape[1] - 10):
-                p, q = (image[top : top + 11, left : left + 11] for image in (a, b))
-                mu_p, mu_q = (window * p).sum(), (window * q).sum()
-                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
-                covariance = (window * (p - mu_p) * (q - mu_q)).sum()
-                score = (2 * mu_p * mu_q + 1e-4) * (2 * covariance + 9e-4)
-                values.append(score / ((mu_p**2 + mu_q**2 + 1e-4) * (var_p + var_q + 9e-4)))
-    return float(np.mean(values))
-
-
-def test_ssim_against_the_definition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(3, 2, 13, 17, generator=generator)
-    y = (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
-    y[2] = 1 - x[2]
-    expected = [naive_ssim(a, b) for a, b in zip(x, y, strict=True)]
-    assert expected[2] < 0
-    assert plugin.ssim(x, y).tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_ssim_of_constant_images() -> None:
-    x, y = torch.full((1, 1, 11, 11), 0.2), torch.full((1, 1, 11, 11), 0.6)
-    assert plugin.ssim(x, y).item() == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4), abs=1e-4)
-
-
 def test_small_images_have_no_ssim_and_no_lpips() -> None:
     data = Grid(size=10)
     found = values_of(data, perfect(data), lpips=("alex", "vgg"))
@@ -382,68 +344,18 @@ def test_small_images_have_no_ssim_and_no_lpips() -> None:
 # LPIPS.
 
 
-def trunk(backbone: str) -> nn.Sequential:
-    """torchvision's features with random weights; VGG's without the classifier, which is 500 MB."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if backbone == "alex":
-            return models.AlexNet(num_classes=1).features
-        return vgg.make_layers(vgg.cfgs["D"])
-
-
 @pytest.fixture(scope="module", params=["alex", "vgg"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, plugin.Backbone]:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, image_distances.Backbone]:
     """A data folder with a trunk in the real layout, and the entry of the table that fits its digest."""
     root = tmp_path_factory.mktemp(request.param)
-    (root / "weights").mkdir()
-    raw = root / "raw.pth"
-    torch.save({f"features.{name}": value for name, value in trunk(request.param).state_dict().items()}, raw)
-    real = plugin.BACKBONES[request.param]
-    name = f"{real.trunk.rpartition('-')[0]}-{hashlib.sha256(raw.read_bytes()).hexdigest()[:8]}.pth"
-    raw.rename(root / "weights" / name)
-    return request.param, root, real._replace(trunk=name)
+    return request.param, root, trunks.save(request.param, root)
 
 
 @pytest.fixture
-def backbone(saved: tuple[str, Path, plugin.Backbone], monkeypatch: pytest.MonkeyPatch) -> str:
+def backbone(saved: tuple[str, Path, image_distances.Backbone], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("SIV_DATA", str(saved[1]))
-    monkeypatch.setitem(plugin.BACKBONES, saved[0], saved[2])
+    monkeypatch.setitem(image_distances.BACKBONES, saved[0], saved[2])
     return saved[0]
-
-
-def lpips_by_hand(backbone: str, x: Tensor, y: Tensor) -> list[float]:
-    """Zhang et al. 2018, equation 1: unit-length features after five ReLUs, squared differences, weighted, averaged, summed."""
-    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
-    after = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}[backbone]
-    package = Path(str(importlib.metadata.distribution("lpips").locate_file("lpips")))
-    heads = torch.load(package / "weights" / "v0.1" / f"{backbone}.pth", map_location="cpu", weights_only=True)
-    features, totals = trunk(backbone), torch.zeros(len(x))
-    a, b = ((2 * image - 1 - shift) / scale for image in (x, y))
-    for index, layer in enumerate(features[: after[-1] + 1]):
-        a, b = layer(a), layer(b)
-        if index in after:
-            unit_a, unit_b = (f / f.square().sum(1, keepdim=True).sqrt() for f in (a, b))
-            weights = heads[f"lin{after.index(index)}.model.1.weight"]
-            totals += ((unit_a - unit_b).square() * weights).sum(dim=1).mean(dim=(1, 2))
-    return totals.tolist()
-
-
-@torch.no_grad()
-def test_lpips_is_the_papers_with_the_files_weights(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = torch.get_rng_state()
-    distance, identity = plugin.lpips_distance(backbone, torch.device("cpu"))
-    assert (torch.get_rng_state() == state).all()
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.rand(3, 3, 32, 32, generator=generator), torch.rand(3, 3, 32, 32, generator=generator)
-    found = distance(x, y)
-    assert found.tolist() == pytest.approx(lpips_by_hand(backbone, x, y), rel=1e-4)
-    assert found.min() > 0
-    assert distance(x, x).tolist() == [0, 0, 0]
-    grey_x, grey_y = x[:, :1], y[:, :1]
-    torch.testing.assert_close(distance(grey_x, grey_y), distance(grey_x.repeat(1, 3, 1, 1), grey_y.repeat(1, 3, 1, 1)))
-    monkeypatch.setattr(plugin, "LPIPS_PIXELS", 2 * 32 * 32)
-    torch.testing.assert_close(distance(x, y), found)
-    assert len(identity["trunk_sha256"]) == len(identity["heads_sha256"]) == 64
 
 
 def test_lpips_as_a_value(backbone: str) -> None:
@@ -454,13 +366,15 @@ def test_lpips_as_a_value(backbone: str) -> None:
     name = f"lpips_{backbone}"
     assert found.values[name] == 0
     assert all(found.values[f"{name}.{baseline}"] > 0 for baseline in plugin.BASELINES)
-    assert found.protocol["lpips"][name]["trunk_sha256"].startswith(plugin.BACKBONES[backbone].trunk[-12:-4])
+    assert found.protocol["lpips"][name]["trunk_sha256"].startswith(image_distances.BACKBONES[backbone].trunk[-12:-4])
 
 
-def test_a_damaged_trunk(saved: tuple[str, Path, plugin.Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_trunk(
+    saved: tuple[str, Path, image_distances.Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SIV_DATA", str(tmp_path))
     (tmp_path / "weights").mkdir()
-    path = tmp_path / "weights" / plugin.BACKBONES[saved[0]].trunk
+    path = tmp_path / "weights" / image_distances.BACKBONES[saved[0]].trunk
     path.write_bytes((saved[1] / "weights" / saved[2].trunk).read_bytes()[:-1])
     data = Grid(size=32)
     metric = build(data.spec, lpips=(saved[0],))
@@ -476,7 +390,7 @@ def test_without_weights_the_rest_is_measured(tmp_path: Path, monkeypatch: pytes
     metric = build(data.spec, lpips=("alex", "vgg"))
     needs = list(metric.needs())
     found = metric.measure(perfect(data), data, quiet).values
-    for need, (backbone, entry) in zip(needs, plugin.BACKBONES.items(), strict=True):
+    for need, (backbone, entry) in zip(needs, image_distances.BACKBONES.items(), strict=True):
         reason = found[f"lpips_{backbone}"]
         assert need == f"lpips_{backbone}: {reason}"
         assert str(tmp_path / "weights" / entry.trunk) in reason
