@@ -89,7 +89,6 @@ def bounds(drawn: Drawn, beta: float, constant: float, prefix: str) -> Values:
         **mean_and_se(f"{prefix}elbo", elbo(weights)),
         **mean_and_se(f"{prefix}iwae", iwae(weights)),
         **mean_and_se(f"{prefix}iwae.minus_elbo", iwae(weights) - elbo(weights)),
-        **mean_and_se(f"{prefix}no_codes", constant - beta * drawn.no_codes),
         f"{prefix}effective_draws": float(effective(weights).mean()) if weights.isfinite().all() else NOT_FINITE,
     }
 
@@ -119,21 +118,32 @@ class Likelihood:
             reason = f"exp(-r) of this reconstruction loss is no density of {model.spec.kind}s with a known constant"
             values.update({"elbo": reason, "iwae": reason})
             values.update(bounds(held_out, beta, 0.0, "unnormalised.") if beta else {"unnormalised.elbo": NO_BETA})
+            if beta:
+                values.update(mean_and_se("unnormalised.no_codes", -beta * held_out.no_codes))
         else:
             train = self._drawn(model, data, "train", config.train_count, 1, mean, progress)
-            rec = float(train.rec.mean())
-            fitted = losses.best_beta(power, rec, dims) if math.isfinite(rec) and rec > 0 else None
-            for prefix, one, reason in (("", beta, NO_BETA), ("fitted.", fitted, f"the training samples' mean r is {rec:g}")):
-                values.update(self._density(held_out, one, power, prefix, reason, model.spec))
-            about.update(self._densities(power, {"own": beta, "fitted": fitted}))
+            rec, flat = (float(each.mean()) for each in (train.rec, train.no_codes))
+            fitted, no_codes = (
+                losses.best_beta(power, mean_r, dims) if math.isfinite(mean_r) and mean_r > 0 else None for mean_r in (rec, flat)
+            )
+            values.update(self._density(held_out, beta, beta, power, "", NO_BETA, model.spec))
+            reason = f"the training samples' mean r is {rec:g}"
+            values.update(self._density(held_out, fitted, no_codes, power, "fitted.", reason, model.spec))
+            about.update(self._densities(power, {"own": beta, "fitted": fitted, "fitted.no_codes": no_codes}))
         for group, each in held_out.kl.items():
             values.update(mean_and_se(f"kl.{group}" if len(held_out.kl) > 1 else "kl", each))
         return Measurement(values, {**about, **self._protocol(model, data, len(held_out.rec))})
 
-    def _density(self, drawn: Drawn, beta: float | None, power: int, prefix: str, reason: str, spec: Spec) -> Values:
+    def _density(
+        self, drawn: Drawn, beta: float | None, no_codes: float | None, power: int, prefix: str, reason: str, spec: Spec
+    ) -> Values:
+        """Values under the density of `beta`, and of the mean sample under that of `no_codes`."""
         if not beta:
             return {f"{prefix}elbo": reason, f"{prefix}iwae": reason}
         values = bounds(drawn, beta, -losses.log_normaliser(power, beta, spec.dims), prefix)
+        if no_codes:
+            constant = -losses.log_normaliser(power, no_codes, spec.dims)
+            values.update(mean_and_se(f"{prefix}no_codes", constant - no_codes * drawn.no_codes))
         if spec.kind == "image":
             values[f"{prefix}bits_per_dim"] = bits(values[f"{prefix}iwae"], spec)
         return values
@@ -203,7 +213,7 @@ class Likelihood:
             " without the constant, to compare under the same loss alone",
             "elbo": "mean of ln p(x|z) + ln p(z) - ln q(z|x) over the draws; a lower bound of ln p(x)",
             "iwae": "ln of the mean of the draws' weights; a lower bound of ln p(x) in expectation, at least the elbo",
-            "no_codes": "ln p(x) of the same density about the mean training sample",
+            "no_codes": "ln p(x) of the same density about the mean training sample; fitted.no_codes: with the best beta of that",
             "effective_draws": "1 / sum of squared normalised weights, of the draws",
             "bits_per_dim": f"-iwae / (C H W ln 2) - log2({high - low:g}/{LEVELS}): per grey level, nothing dequantised; no"
             " bound on the likelihood of the levels where the decoder is narrower than a level",
