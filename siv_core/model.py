@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from attrs import evolve, frozen
@@ -18,6 +19,13 @@ from siv_core.protocols import Nets, Sources, Spec
 from siv_core.seeding import Streams, stream_seed
 
 BATCH = 256  # images that the networks see at once
+
+
+class Betas(NamedTuple):
+    """The weights of an ELBO: −ELBO(x) = rec · r(x, D(z)) + Σ_g kl[g] · K_g(x)."""
+
+    rec: float
+    kl: Mapping[str, float]  # of all latent groups
 
 
 @frozen(eq=False)
@@ -40,6 +48,7 @@ class Model:
     batch_statistics: int = 0  # samples of a batch whose statistics its networks took in training; 0: they took none
     name: str = ""  # which checkpoint and weights these are
     training: bool = False
+    betas: Betas | None = None  # of the objective it was trained with; None where that tells none
 
     @property
     def nets(self) -> Nets:
@@ -66,6 +75,13 @@ class Model:
         finally:
             for player, mode in zip(players, modes, strict=True):
                 player.train(mode)
+
+    @contextmanager
+    def differentiable(self) -> Iterator[Nets]:
+        """Its networks as objectives call them, in evaluation mode and with gradients of what is given to them; weights and
+        buffers stay as they are."""
+        with self._quiet() as nets, torch.enable_grad():
+            yield nets
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Posterior:
         """The posterior of images: {group: (mu, logvar)}."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core.errors import PluginError, SivError, UserError, near_miss
-from siv_core.model import Model
+from siv_core.model import Betas, Model
 from siv_core.nets import Priors, lr_factors, tree_map
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
 from siv_core.recipe.catalogue import Catalogue, blame, words
@@ -153,7 +153,14 @@ class Built:
             logvar_bound=self.recipe.train.logvar_bound or None,
             batch_statistics=(plan or self.recipe.stages[-1]).batch if self.networks.batch_statistics else 0,
             name=name,
+            betas=self.betas(plan or self.recipe.stages[-1]),
         )
+
+    def betas(self, plan: StagePlan) -> Betas | None:
+        """The weights of this stage's ELBO, where its objective calls them `beta_rec` and `beta_kl`, as siv's do."""
+        coeffs = self.objective(plan).coeffs
+        rec, kl = coeffs.get("beta_rec"), coeffs.get("beta_kl")
+        return Betas(float(rec), dict(kl)) if isinstance(rec, (int, float)) and isinstance(kl, Mapping) else None
 
     def owner(self, player: str) -> str:
         """The plugins that a player is from, for what is told of it."""
