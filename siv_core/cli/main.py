@@ -18,6 +18,7 @@ import click
 
 from siv_core.cli.common import PATH, device_option, json_option, options, print_json, screen, seconds, set_option
 from siv_core.cli.data import data
+from siv_core.cli.ood import ood
 from siv_core.cli.plugins import describe, list_plugins
 from siv_core.cli.recipes import recipes
 from siv_core.cli.sweep import sweep
@@ -122,7 +123,7 @@ def cli(traceback: bool) -> None:
     """Train, measure and use introspective variational autoencoders."""
 
 
-for command in (data, list_plugins, describe, recipes, sweep, evaluate, sample, reconstruct, interpolate, translate, encode):
+for command in (data, list_plugins, describe, recipes, sweep, evaluate, sample, reconstruct, interpolate, translate, encode, ood):
     cli.add_command(command)
 
 

@@ -228,8 +228,13 @@ def dataset_choice(catalogue: Catalogue, name: str, sets: tuple[str, ...]) -> Ch
     table: dict[str, Any] = {"name": name}
     for given in sets:
         table = merge(table, setting(given))
+    return dataset_of(catalogue, table, "data")
+
+
+def dataset_of(catalogue: Catalogue, table: dict[str, Any], where: str) -> Choice:
+    """A data set outside a recipe's [data], from its table; a `UserError` lists what is wrong, as of `where`."""
     problems: list[str] = []
-    choice = _Reader(catalogue, problems).choice("dataset", table, "data")
+    choice = _Reader(catalogue, problems).choice("dataset", table, where)
     if choice is None:
         raise UserError(problems)
     return choice

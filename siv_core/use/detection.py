@@ -33,7 +33,7 @@ def curve(inliers: Tensor, outliers: Tensor) -> Curve:
 def auroc(inliers: Tensor, outliers: Tensor) -> float:
     """The area under the curve of the true positive rate over the false positive rate: the share of pairs of an outlier and an
     inlier in which the outlier has the larger score, ties counted half. 0.5 is chance."""
-    return float(_shares(inliers, outliers).mean())
+    return int(_halves(inliers, outliers).sum()) / (2 * len(inliers) * len(outliers))
 
 
 def auroc_error(inliers: Tensor, outliers: Tensor) -> float:
@@ -41,8 +41,8 @@ def auroc_error(inliers: Tensor, outliers: Tensor) -> float:
     drawn independently; nan with fewer than two of either kind."""
     if min(len(inliers), len(outliers)) < 2:
         return math.nan
-    above = _shares(inliers, outliers)  # of each outlier: the share of inliers below it
-    below = 1 - _shares(outliers, inliers)  # of each inlier: the share of outliers above it
+    above = _halves(inliers, outliers).double() / (2 * len(inliers))  # of each outlier: the share of inliers below it
+    below = 1 - _halves(outliers, inliers).double() / (2 * len(outliers))  # of each inlier: the share of outliers above it
     return math.sqrt(float(above.var()) / len(outliers) + float(below.var()) / len(inliers))
 
 
@@ -61,10 +61,7 @@ def fpr95(inliers: Tensor, outliers: Tensor) -> float:
     return float(at.false[int(enough.double().argmax())]) / len(inliers)
 
 
-def _shares(below: Tensor, of: Tensor) -> Tensor:
-    """For each of `of` the share of `below` that is smaller, equal ones counted half: [len(of)], float64."""
-    ordered = below.double().sort().values
-    values = of.double()
-    smaller = torch.searchsorted(ordered, values, right=False)
-    not_larger = torch.searchsorted(ordered, values, right=True)
-    return (smaller + not_larger).double() / (2 * len(below))
+def _halves(below: Tensor, of: Tensor) -> Tensor:
+    """For each of `of` how many of `below` are smaller, in halves: equal ones count one, smaller ones two. [len(of)], int64."""
+    ordered, values = below.double().sort().values, of.double()
+    return torch.searchsorted(ordered, values, right=False) + torch.searchsorted(ordered, values, right=True)
