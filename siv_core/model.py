@@ -27,6 +27,13 @@ class Betas(NamedTuple):
     rec: float
     kl: Mapping[str, float]  # of all latent groups
 
+    @property
+    def decoder(self) -> float | None:
+        """B_r / B_k, with which −(B_r / B_k) r(x, D(z)) is ln p(x ∣ z) in nats up to its constant; None where the groups' B_k
+        differ (then this ELBO is that of no model), or one of the weights is 0."""
+        weights = set(self.kl.values())
+        return self.rec / weights.pop() if self.rec and len(weights) == 1 and 0 not in weights else None
+
 
 @frozen(eq=False)
 class Model:
@@ -43,12 +50,16 @@ class Model:
     translate: tuple[str, str] | None  # (class group, content group) where there are two such
     device: torch.device
     reconstruction: Callable[[Tensor, Tensor], Tensor] | None = None  # the loss it was trained with, (x, y) -> [N]
-    decoder_beta: float | None = None  # the objective's beta_rec / beta_kl; None: it has no such one number
     logvar_bound: float | None = None
     batch_statistics: int = 0  # samples of a batch whose statistics its networks took in training; 0: they took none
     name: str = ""  # which checkpoint and weights these are
     training: bool = False
     betas: Betas | None = None  # of the objective it was trained with; None where that tells none
+
+    @property
+    def decoder_beta(self) -> float | None:
+        """`Betas.decoder` of the objective it was trained with; None where that is not known."""
+        return self.betas.decoder if self.betas else None
 
     @property
     def nets(self) -> Nets:

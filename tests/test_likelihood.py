@@ -18,6 +18,7 @@ from siv_plugins.standard_normal import StandardNormal
 from torch import Tensor, nn
 
 from siv_core import Gaussian, Model, Rows, Spec, UserError, losses
+from siv_core.model import Betas
 from siv_core.nets import Priors
 
 D, BETA = 5, 1.7  # numbers in a sample; the decoder is a Gaussian of variance 1/(2 BETA)
@@ -74,7 +75,7 @@ class PCA:
                 return torch.cat([codes[group] for group in groups], dim=1) @ pca.w.T + pca.b
 
         priors, spec = Priors({group: StandardNormal() for group in groups}), Spec((D,), kind="array")
-        return Model(Encoder(), Decoder(), priors, spec, groups, None, CPU, loss, decoder_beta=BETA)
+        return Model(Encoder(), Decoder(), priors, spec, groups, None, CPU, loss, betas=Betas(BETA, dict.fromkeys(groups, 1.0)))
 
 
 def measure(model: Model, data: Any, **options: Any) -> Any:
@@ -135,7 +136,7 @@ def test_kl_is_told_by_group_and_in_one_group_once():
 def test_the_best_variance_is_that_of_the_errors():
     pca = PCA()
     x, train = pca.draw(90), pca.draw(300)
-    model = evolve(pca.model({"z": 3}), decoder_beta=0.05)
+    model = evolve(pca.model({"z": 3}), betas=Betas(0.05, {"z": 1.0}))
     found = measure(model, Table(x, model.spec, train))
     variance = found.protocol["decoder"]["fitted"]["variance"]
     assert found.protocol["decoder"]["own"] == {"family": "Gaussian", "beta": 0.05, "variance": pytest.approx(10)}
@@ -196,7 +197,7 @@ def test_a_loss_that_is_no_density_is_a_score_and_says_so():
 def test_no_beta_no_likelihood_but_the_fitted_one():
     pca = PCA()
     x = pca.draw(40)
-    model = evolve(pca.model(SPLITS["two groups"]), decoder_beta=None)
+    model = evolve(pca.model(SPLITS["two groups"]), betas=None)
     found = measure(model, Table(x, model.spec)).values
     assert found["elbo"] == found["iwae"] == plugin.NO_BETA
     assert isinstance(found["fitted.elbo"], float)
@@ -221,16 +222,10 @@ def test_a_model_knows_the_beta_of_its_objective(catalogue, tmp_path, objective,
 
 
 def test_betas_that_differ_between_groups_are_no_model():
-    from siv_core.protocols import Objective
-    from siv_core.recipe.build import decoder_beta
-
-    def of(**coeffs: Any) -> float | None:
-        return decoder_beta(Objective((), lambda n, streams, sources: {}, coeffs))
-
-    assert of(beta_rec=1.0, beta_kl={"a": 2.0, "b": 2.0}) == 0.5
-    assert of(beta_rec=1.0, beta_kl={"a": 2.0, "b": 3.0}) is None
-    assert of(beta_rec=1.0) is None
-    assert of(beta_kl=1.0) is None
+    assert Betas(1.0, {"a": 2.0, "b": 2.0}).decoder == 0.5
+    assert Betas(1.0, {"a": 2.0, "b": 3.0}).decoder is None
+    assert Betas(0.0, {"a": 2.0}).decoder is None
+    assert Betas(1.0, {"a": 0.0}).decoder is None
 
 
 # Images.
@@ -249,7 +244,8 @@ def image_model(spec: Spec, plus: float = 0.0, groups: int = 2) -> Model:
             shade = torch.zeros(len(codes["z"])) if labels is None else labels.float() / 4
             return shade[:, None, None, None].expand(-1, *spec.shape) + plus
 
-    return Model(Encoder(), Decoder(), Priors({"z": StandardNormal()}), spec, {"z": groups}, None, CPU, pixel_losses.mse, 1.0)
+    priors, betas = Priors({"z": StandardNormal()}), Betas(1.0, {"z": 1.0})
+    return Model(Encoder(), Decoder(), priors, spec, {"z": groups}, None, CPU, pixel_losses.mse, betas=betas)
 
 
 def test_bits_per_grey_level_of_a_decoder_that_is_known():

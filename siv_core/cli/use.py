@@ -198,9 +198,9 @@ def told(watcher: Screen, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
-        held = ", ".join(f"{name} {array['shape']} {array['type']}" for name, array in result["arrays"].items())
+        held = ", ".join(f"{name} {array['shape']} {array['type']}" for name, array in result.get("arrays", {}).items())
         for path in result["files"]:
-            watcher.say(f"wrote {one_line(path)}" + (f": {held}" if path.endswith(".safetensors") else ""))
+            watcher.say(f"wrote {one_line(path)}" + (f": {held}" if held and path.endswith(".safetensors") else ""))
 
 
 def show_metrics(watcher: Screen, lines: list[dict[str, Any]]) -> None:

@@ -149,7 +149,6 @@ class Built:
             translate=self.networks.translate,
             device=device,
             reconstruction=self.reconstruction,
-            decoder_beta=decoder_beta(self.objective(plan or self.recipe.stages[-1])),
             logvar_bound=self.recipe.train.logvar_bound or None,
             batch_statistics=(plan or self.recipe.stages[-1]).batch if self.networks.batch_statistics else 0,
             name=name,
@@ -169,17 +168,6 @@ class Built:
 
     def _build(self, choice: Choice, *arguments: Any) -> Any:
         return component(self.catalogue, choice, *arguments)
-
-
-def decoder_beta(objective: Objective) -> float | None:
-    """B_r / B_k, with which −(B_r / B_k) r(x, D(z)) is ln p(x ∣ z) in nats up to its constant; None where the objective has no
-    such numbers, a group's B_k differs from another's (then its ELBO is that of no model), or one of them is 0."""
-    rec, kl = (objective.coeffs.get(name) for name in ("beta_rec", "beta_kl"))
-    kls = set(kl.values()) if isinstance(kl, Mapping) else {kl}
-    if not isinstance(rec, (int, float)) or len(kls) != 1:
-        return None
-    [beta_kl] = kls
-    return rec / beta_kl if rec and isinstance(beta_kl, (int, float)) and beta_kl else None
 
 
 def component(catalogue: Catalogue, choice: Choice, *arguments: Any) -> Any:

@@ -87,7 +87,7 @@ def lacking(model: Model, name: str, settings: Settings) -> str | None:
     missing = getattr(model.reconstruction, "missing", lambda: None)()
     if name != "kl" and (model.reconstruction is None or missing):
         return f"{name}: {missing or 'this model has no reconstruction loss'}"
-    if name == "iwae" and not _ratio(betas_of(model, settings)):
+    if name == "iwae" and not betas_of(model, settings).decoder:
         return "iwae: the latent groups' weights of the KL differ, or are 0: there is no likelihood that it bounds; betas = 'one'"
     return None
 
@@ -157,7 +157,7 @@ class _Image:
 
 def _sampled(image: _Image, q: Posterior, settings: Settings, tick: Callable[[], None]) -> dict[str, Tensor]:
     """elbo and iwae, from the same draws; without `iwae` where the betas have no ratio."""
-    recs, log_ratios, kls, ratio = [], [], [], _ratio(image.betas)
+    recs, log_ratios, kls, ratio = [], [], [], image.betas.decoder
     for m in range(settings.draws):
         tick()
         noise = _noise(image.model, settings.seed, m)
@@ -205,12 +205,6 @@ def _likeliest(model: Model, x: Tensor, betas: Betas, settings: Settings, tick: 
             energies.append(image.energy(q, draws).cpu())
         tick()
     return torch.stack(energies).nan_to_num(math.inf, math.inf).argmin(dim=0)
-
-
-def _ratio(betas: Betas) -> float | None:
-    """B_r/B_k where the groups have one B_k above 0: the decoder's exp(−B_r/B_k · r) is then the likelihood of the ELBO."""
-    weights = set(betas.kl.values())
-    return betas.rec / weights.pop() if len(weights) == 1 and 0 not in weights else None
 
 
 def _noise(model: Model, seed: int, number: int) -> dict[str, Any]:
