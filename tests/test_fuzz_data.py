@@ -204,9 +204,12 @@ def try_hdf5(good: Good, rng: np.random.Generator, folder: Path) -> None:
 
 
 def try_picture(good: Good, rng: np.random.Generator, folder: Path) -> None:
+    import attrs
     import torch
     from torch import nn
 
+    from siv_core.data import picture_child
+    from siv_core.data.picture import Fitting
     from siv_core.model import Model
     from siv_core.nets import Priors
     from siv_core.protocols import Spec
@@ -215,7 +218,9 @@ def try_picture(good: Good, rng: np.random.Generator, folder: Path) -> None:
     name = str(rng.choice(sorted(good)))
     path = folder / name
     path.write_bytes(mutated(good[name], rng, good[str(rng.choice(sorted(good)))]))
-    own_pictures.check(folder)
+    about, rows = picture_child.block(str(folder), "folder", [[name, -1, 0]], attrs.asdict(Fitting(8)))
+    assert len(rows.tobytes()) == 3 * 8 * 8
+    assert (about["damaged"] == {}) == (about["modes"].total() == 1)
     for channels in (1, 3):
         model = Model(nn.Identity(), nn.Identity(), Priors({}), Spec((channels, 8, 8)), {"z": 1}, None, torch.device("cpu"))
         x, _ = own_pictures.own_images([path], model)

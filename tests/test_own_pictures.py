@@ -16,6 +16,7 @@ from torch import nn
 
 from siv_core.cli import data as cli_data
 from siv_core.data import feed
+from siv_core.data.picture import ORIENTATION
 from siv_core.errors import UserError
 from siv_core.model import Model
 from siv_core.nets import Priors
@@ -86,7 +87,7 @@ def test_exif_turns_a_picture_upright(tmp_path, orientation, corner):
     picture = Image.new("RGB", (4, 4))
     picture.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
-    exif[own_pictures.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     picture.save(tmp_path / "a.png", exif=exif)
     x, notes = fitted(tmp_path / "a.png")
     assert x[0, corner[0], corner[1]] == 1
@@ -214,7 +215,7 @@ def test_data_check_tells_what_it_left_out(tmp_path):
     PLAIN.save(tmp_path / "a.png")
     (tmp_path / "more").mkdir()
     report = cli_data.checked(tmp_path, quiet)
-    assert report["not_taken"] == [f"{tmp_path}: 1 pictures of it taken, not 1 folder in it (more)"]
+    assert report["not_taken"] == ["1 folder without pictures (more/)"]
 
 
 @pytest.mark.parametrize("fit", ["crop", "stretch"])

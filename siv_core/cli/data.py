@@ -110,7 +110,7 @@ def data_prepare(name: str, sets: tuple[str, ...]) -> None:
 @click.argument("path", type=PATH)
 @json_option
 def data_check(path: Path, as_json: bool) -> None:
-    """Read every byte of PATH, a data file, an archive, a picture or a folder of pictures, and say what is in it.
+    """Read every byte of PATH, a data file, an archive, a picture, a folder or a zip of pictures, and say what is in it.
 
     What makes it unusable is told all at once, with exit code 2.
     """
@@ -143,15 +143,14 @@ def show_report(watcher: Screen, path: Path, report: dict[str, Any]) -> None:
 
 
 def checked(path: Path, progress: Progress) -> dict[str, Any]:
-    """The report of whoever knows files such as PATH: pictures, then the data sets with a `check` of their own, then HDF5."""
-    from siv_core.data import datafile
+    """The report of whoever knows files such as PATH: a picture, then the data sets with a `check` of their own, then HDF5."""
+    from siv_core.data import datafile, picture, picture_files
     from siv_core.recipe import catalogue as catalogues
-    from siv_core.use import own_pictures
 
     if not path.exists():
         raise UserError(f"{one_line(path)}: there is no such file or folder")
-    if path.suffix.lower() in own_pictures.SUFFIXES:
-        return own_pictures.check(path, progress)
+    if path.suffix.lower() in picture.SUFFIXES and not path.is_dir():
+        return picture_files.check(path, progress)
     if path.suffix.lower() not in (".h5", ".hdf5"):
         catalogue = catalogues.load()
         # whose name is in the file's own is asked first: others may take any archive for theirs
@@ -164,7 +163,8 @@ def checked(path: Path, progress: Progress) -> dict[str, Any]:
             report: dict[str, Any] | None = check(path, progress) if check else None
             if report is not None:
                 return report
-    return own_pictures.check(path, progress) if path.is_dir() else datafile.check(path, progress)
+    pictures = path.is_dir() or path.suffix.lower() == ".zip"
+    return picture_files.check(path, progress) if pictures else datafile.check(path, progress)
 
 
 def letters(name: str) -> str:

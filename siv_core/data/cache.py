@@ -1,7 +1,8 @@
 """What the data root holds and can be made again: conversions of foreign files, and preparations that did not come to their end.
 
 A conversion is `hdf5/STEM-PLACE-STATE-HOW.h5`, named by digests of where its source lies, of the state that it was in, and of the
-options it was read with. `NAME.from.json` beside it says where the source lies.
+options it was read with; of pictures it lies in a folder of its data set's name. `NAME.from.json` beside it says where the source
+lies, and of pictures what came of them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
-from siv_core.data import datafile
+from siv_core.data import datafile, picture_list
 from siv_core.errors import UserError, one_line
 from siv_core.store import files
 
@@ -44,17 +46,27 @@ class Leftover:
         return f"removed {one_line(self.paths[0])} ({megabytes(size)}): {self.reason}"
 
 
-def conversion(source: Path, how: str) -> Path:
-    """Where the conversion of this file, as it is now, is kept."""
-    state = hashlib.sha256(repr(datafile.state(source)).encode()).hexdigest()[:8]
+def conversion(source: Path, how: str, folder: str = FOLDER, state: str = "") -> Path:
+    """Where the conversion of this file, as it is now, is kept; of pictures with the `state` of their listing."""
+    state = (state or hashlib.sha256(repr(datafile.state(source)).encode()).hexdigest())[:8]
     place = hashlib.sha256(os.path.abspath(source).encode(errors="surrogateescape")).hexdigest()[:8]
-    return files.data_root() / FOLDER / f"{source.stem[:60]}-{place}-{state}-{how}.h5"
+    return files.data_root() / folder / f"{source.stem[:60]}-{place}-{state}-{how}.h5"
 
 
-def note(path: Path, source: Path) -> None:
-    """Say what the conversion `path` is made from; by who makes it, while it keeps others away."""
+def note(path: Path, source: Path, state: str = "", **more: Any) -> None:
+    """Say what the conversion `path` is made from, and more; by who makes it, while it keeps others away."""
     files.make_folder(path.parent)
-    files.write_json(_beside(path), {"source": os.path.abspath(source), "state": list(datafile.state(source))})
+    known = [state] if state else list(datafile.state(source))
+    files.write_json(_beside(path), {"source": os.path.abspath(source), "state": known, **more})
+
+
+def noted(path: Path) -> dict[str, Any]:
+    """What is said of a conversion; nothing where that is gone or damaged."""
+    try:
+        about = files.read_json(_beside(path))
+    except UserError:
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _beside(path: Path) -> Path:
@@ -82,7 +94,11 @@ def remove_superseded(path: Path) -> list[str]:
         for name in sorted(others)
         if (match := NAME.fullmatch(name)) and match["source"] == own["source"] and match["state"] != own["state"]
     ]
-    return [Leftover(_all_of(one), "of an earlier state of the same file").remove() for one in old if not _busy(one)]
+    return [
+        Leftover(_all_of(one), f"of an earlier state of the same {'file' if path.parent.name == FOLDER else 'pictures'}").remove()
+        for one in old
+        if not _busy(one)
+    ]
 
 
 def _belongs(name: str, conversion: str) -> bool:
@@ -106,12 +122,14 @@ def _busy(path: Path) -> bool:
 def leftovers(root: Path) -> Iterator[Leftover]:
     """What `siv data clean` takes away: nobody is at work on it, and all of it can be made again. What does not bear a name of
     ours, or was not made by a conversion, is somebody's own."""
-    for entry in sorted(root.glob(f"{FOLDER}/*.h5")):
-        ours = NAME.fullmatch(entry.name) or EARLIER.fullmatch(entry.name)
+    for entry in sorted(root.glob("*/*.h5")):
+        of_files = entry.parent.name == FOLDER
+        ours = NAME.fullmatch(entry.name) if of_files or _beside(entry).exists() else None
+        ours = ours or (EARLIER.fullmatch(entry.name) if of_files else None)
         reason = _outdated(entry) if ours and not entry.name.startswith(files.TEMPORARY) and not _busy(entry) else None
         if reason:
             yield Leftover(_all_of(entry), reason)
-    for entry in sorted(root.glob(f"{FOLDER}/*.h5.from.json")):
+    for entry in sorted(root.glob("*/*.h5.from.json")):
         path = entry.with_name(entry.name.removesuffix(".from.json"))
         if NAME.fullmatch(path.name) and not any(one.exists() for one in _all_of(path)[:-1]) and not _busy(path):
             yield Leftover((entry,), "of a conversion that was never begun")
@@ -136,7 +154,7 @@ def _outdated(path: Path) -> str | None:
     except (UserError, KeyError, TypeError):
         return None  # whose it is cannot be told
     try:
-        now = datafile.state(source)
+        now = datafile.state(source) if path.parent.name == FOLDER else (picture_list.state(source),)
     except UserError:
         return f"its source {one_line(source)} is gone"
     return None if now == state else f"its source {one_line(source)} has changed"

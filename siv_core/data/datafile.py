@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +29,8 @@ from siv_core.protocols import Progress, Rows
 from siv_core.store import files
 
 Block = tuple[int, NDArray[np.uint8]]
+Produce = Callable[[list[int]], Iterator[Block]]
+Shape = tuple[int, int, int, int]
 SLAB = 64 << 20  # bytes that are hashed between two looks at the progress
 
 
@@ -49,21 +51,27 @@ class Table:
 def write(
     path: Path,
     *,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     block: int,
-    produce: Callable[[list[int]], Iterator[Block]],
+    produce: Produce,
     progress: Progress,
     source: str,
     labels: NDArray[np.int64] | None = None,
     factors: NDArray[np.int64] | None = None,
     factor_sizes: dict[str, int] | None = None,
     split: NDArray[np.uint8] | None = None,
+    told: dict[str, Any] | None = None,
+    dropped: Callable[[], Sequence[int]] = tuple,
 ) -> None:
     """Make a data file of `shape` [N, C, H, W] from blocks of `block` rows.
 
     `produce(numbers)` yields (number, uint8 rows) for the block numbers that are still missing, in any order. `source` says what
     the rows are made from; a partial file of another source starts over. While another process makes the same file this one
     waits, and has nothing left to do afterwards.
+
+    `told` is what `produce` notes of its blocks (JSON by the number as text, before it yields them): kept in the journal, and
+    filled from it with that of the blocks that are there. `dropped()` is asked once all blocks are made: the rows that turned out
+    to be none. They are not in the file, nor are their labels, factors and split.
     """
     files.make_folder(path.parent)
     wait = f"waiting for another process that prepares {path.name}"
@@ -72,8 +80,9 @@ def write(
             progress(wait, 1, 1)
         files.remove_leftovers(path.parent, f"-{path.name}")
         if not path.exists():
-            images = _grow(path, shape, block, produce, progress, source)
-            _write_whole(path, Table(images, source, _sha256(images), (0.0, 1.0), labels, factors, factor_sizes, split))
+            images = _grow(path, shape, block, produce, progress, source, {} if told is None else told)
+            table = Table(images, source, "", (0.0, 1.0), labels, factors, factor_sizes, split)
+            _write_whole(path, table, np.setdiff1d(np.arange(shape[0]), np.asarray(dropped(), np.int64)), progress)
 
 
 def unfinished(path: Path) -> tuple[Path, Path]:
@@ -82,19 +91,15 @@ def unfinished(path: Path) -> tuple[Path, Path]:
 
 
 def _grow(
-    path: Path,
-    shape: tuple[int, int, int, int],
-    block: int,
-    produce: Callable[[list[int]], Iterator[Block]],
-    progress: Progress,
-    source: str,
+    path: Path, shape: Shape, block: int, produce: Produce, progress: Progress, source: str, told: dict[str, Any]
 ) -> NDArray[np.uint8]:
     """All images, in the partial file, from where an interrupted preparation stopped."""
     partial, journal = unfinished(path)
     count = -(-shape[0] // block)
     row = math.prod(shape[1:])
     key = {"format": FORMAT, "source": source, "shape": list(shape), "block": block}
-    done = _journal(journal, key, count) if partial.exists() and partial.stat().st_size == shape[0] * row else set()
+    there = partial.exists() and partial.stat().st_size == shape[0] * row
+    done = _journal(journal, key, count, told) if there else set()
     _need_room(path, 2 * shape[0] * row - len(done) * block * row)
     what = f"preparing {path.name}"
     progress(what, len(done), count)
@@ -106,10 +111,10 @@ def _grow(
                     file.write(np.ascontiguousarray(rows, dtype=np.uint8).data)
                 done.add(number)
                 if len(done) % 8 == 0:
-                    _note(file, journal, key, done)
+                    _note(file, journal, key, done, told)
                 progress(what, len(done), count)
         finally:
-            _note(file, journal, key, done)
+            _note(file, journal, key, done, told)
     if len(done) < count:
         raise RuntimeError(f"{path}: {count - len(done)} of {count} blocks were not produced")
     return np.memmap(partial, np.uint8, "r", shape=shape)
@@ -131,41 +136,45 @@ def _need_room(path: Path, size: int) -> None:
         raise UserError(f"{one_line(path)}: {reason}; make room there, or set SIV_DATA to a folder on another disk")
 
 
-def _journal(path: Path, key: dict[str, Any], count: int) -> set[int]:
-    """The blocks that are on disk; none where the journal is damaged or another file's."""
+def _journal(path: Path, key: dict[str, Any], count: int, told: dict[str, Any]) -> set[int]:
+    """The blocks that are on disk, of which `told` is filled; none where the journal is damaged or another file's."""
     try:
         noted = files.read_json(path)
     except UserError:
         return set()
     if not isinstance(noted, dict) or {name: noted.get(name) for name in key} != key:
         return set()
-    done = noted.get("done")
-    return set(done) if isinstance(done, list) and all(type(n) is int and 0 <= n < count for n in done) else set()
+    done, known = noted.get("done"), noted.get("told", {})
+    if not isinstance(done, list) or not all(type(n) is int and 0 <= n < count for n in done) or not isinstance(known, dict):
+        return set()
+    told.update({name: known[name] for name in map(str, done) if name in known})
+    return set(done)
 
 
-def _note(file: BinaryIO, journal: Path, key: dict[str, Any], done: set[int]) -> None:
+def _note(file: BinaryIO, journal: Path, key: dict[str, Any], done: set[int], told: dict[str, Any]) -> None:
     """The images first, then that they are there."""
     with files.writing(journal):
         file.flush()
         os.fsync(file.fileno())
-    files.write_json(journal, {**key, "done": sorted(done)})
+    files.write_json(journal, {**key, "done": sorted(done), **({"told": told} if told else {})})
 
 
-def _write_whole(path: Path, table: Table) -> None:
+def _write_whole(path: Path, table: Table, keep: NDArray[np.int64], progress: Progress) -> None:
+    """The rows `keep` of the images, and their columns, under the file's own name."""
     import h5py
 
     temporary = path.with_name(f"{files.TEMPORARY}{os.getpid()}-{path.name}")
     try:
         with h5py.File(temporary, "w") as file:
-            file.create_dataset("images", data=table.images)
-            attributes = {"format": FORMAT, "source": table.source, "sha256": table.sha256, "value_range": table.value_range}
-            file.attrs.update({**attributes, "complete": True})
+            digest = _copied(table.images, keep, file, progress, f"writing {path.name}")
+            about = {"format": FORMAT, "source": table.source, "sha256": digest, "value_range": table.value_range}
+            file.attrs.update(about | {"complete": True})
             if table.labels is not None:
-                file.create_dataset("labels", data=table.labels)
+                file.create_dataset("labels", data=table.labels[keep])
             if table.split is not None:
-                file.create_dataset("split", data=table.split)
+                file.create_dataset("split", data=table.split[keep])
             if table.factors is not None and table.factor_sizes is not None:
-                factors = file.create_dataset("factors", data=table.factors)
+                factors = file.create_dataset("factors", data=table.factors[keep])
                 factors.attrs["names"] = list(table.factor_sizes)
                 factors.attrs["sizes"] = list(table.factor_sizes.values())
         with temporary.open("rb+") as raw:
@@ -176,6 +185,18 @@ def _write_whole(path: Path, table: Table) -> None:
         files.sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _copied(images: NDArray[np.uint8], keep: NDArray[np.int64], file: Any, progress: Progress, what: str) -> str:
+    """The SHA-256 of these rows, which are now the data set `images` of an open file. Progress is told of where it takes long."""
+    copy, digest = file.create_dataset("images", (len(keep), *images.shape[1:]), np.uint8), hashlib.sha256()
+    slab = max(1, SLAB // max(1, math.prod(images.shape[1:])))
+    for start in range(0, len(keep), slab):
+        copy[start : start + slab] = rows = np.ascontiguousarray(images[keep[start : start + slab]])
+        digest.update(rows.data)
+        if len(keep) > slab:
+            progress(what, min(start + slab, len(keep)), len(keep))
+    return digest.hexdigest()
 
 
 @frozen(eq=False)
@@ -377,7 +398,3 @@ def _as_images(entry: dict[str, Any]) -> tuple[str | None, str]:
     value_range = "" if fits else f", {foreign.range_option(low, high)}"
     layout = foreign.order_of(shape, entry["axes"])
     return None, f'{value_range}, layout = "{layout}"' if layout else f"{value_range}, and a layout, which cannot be told"
-
-
-def _sha256(images: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(images.data).hexdigest()

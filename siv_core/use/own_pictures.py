@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from siv_core.data import feed
+from siv_core.data.picture import SUFFIXES, load, pixels
 from siv_core.errors import UserError, one_line
 from siv_core.model import Model
-from siv_core.protocols import Progress, Spec
+from siv_core.protocols import Spec
 from siv_core.store import files
 
 if TYPE_CHECKING:
     from PIL import Image
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # Pillow knows more, of which some start other programs
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the channels of a model's images
-ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 
 def expand(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -107,71 +101,6 @@ def _takes_pictures(model: Model) -> None:
         raise UserError(f"this model is of arrays {list(model.spec.shape)}: pictures cannot be put into it; leave the files out")
 
 
-def load(path: Path) -> tuple[Image.Image, list[str]]:
-    """The picture, decoded and upright, and what was done to it; a `UserError` for whatever is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    told = []
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{one_line(path)}: no picture that can be read (it is no regular file)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged notes beside the pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
-                sixteen = ";16" in str(opened.tile)
-                opened.load()
-                if opened.mode == "F":
-                    raise UserError(
-                        f"{one_line(path)}: its pixels are floats, which have no agreed range; save it with 8 or 16 bits"
-                    )
-                if opened.mode == "I" and opened.format != "PNG":
-                    reason = "its pixels are whole numbers of 32 bits, which have no agreed range; save it with 8 or 16"
-                    raise UserError(f"{one_line(path)}: {reason}")
-                if sixteen and not opened.mode.startswith("I"):
-                    told.append("16 bits reduced to 8")
-                if getattr(opened, "n_frames", 1) > 1:
-                    told.append(f"the first of its {getattr(opened, 'n_frames', 1)} frames")
-                if opened.getexif().get(ORIENTATION, 1) != 1:
-                    told.append("turned upright")
-                upright = ImageOps.exif_transpose(opened)
-                if upright.mode in ("LAB", "YCbCr", "HSV"):  # from which Pillow knows no way to grey
-                    told.append(f"{upright.mode} converted to RGB")
-                    upright = upright.convert("RGB")
-                return upright, told
-    except UserError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        most = f"more than the {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels that are read; make it smaller first"
-        raise UserError(f"{one_line(path)}: no picture that can be read (it has {most})") from error
-    except UnidentifiedImageError as error:
-        reason = f"it is none of {', '.join(FORMATS)}, or damaged at its start"
-        raise UserError(f"{one_line(path)}: no picture that can be read ({reason})") from error
-    except Exception as error:  # whatever a damaged picture makes the decoders run into
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{one_line(path)}: no picture that can be read ({one_line(reason)[:300]})") from error
-
-
-def pixels(picture: Image.Image, channels: int) -> tuple[Image.Image, list[str]]:
-    """8 bits in each of so many channels, and what was done for it."""
-    from PIL import Image
-
-    changes = []
-    if channels not in MODES:
-        raise UserError(f"pictures have 1 to 4 channels and this model's images {channels}: give it arrays, in Python")
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion cuts off at 255
-        values = np.asarray(picture).clip(0, 65535)
-        changes.append(f"16 bits reduced to 8: 65,535 is white, its highest value {int(values.max()):,}")
-        picture = Image.fromarray((values // 256).astype(np.uint8))
-    if picture.has_transparency_data and channels in (1, 3):
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        changes.append("put on white")
-    mode = MODES[channels]
-    if picture.mode not in (mode, "RGBA"):
-        changes.append(f"{picture.mode} converted to {mode}")
-    return picture.convert(mode), changes
-
-
 def fit(picture: Image.Image, spec: Spec) -> tuple[Tensor, list[str]]:
     """Floats [C, H, W] of the model's images, and what was done to the picture: as `feed.to_float` does it to stored images, so
     that an image goes in in one way. A picture that is too small is enlarged first."""
@@ -187,31 +116,3 @@ def fit(picture: Image.Image, spec: Spec) -> tuple[Tensor, list[str]]:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
     array = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1).copy()
     return feed.to_float(torch.from_numpy(array)[None], spec)[0], changes
-
-
-def check(path: Path, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
-    """What the picture or the folder of pictures `path` holds, after decoding each; what cannot be read is in `problems`."""
-    (paths, left_out), problems = expand([path]), list[str]()
-    modes, sizes, notes = Counter[str](), Counter[str](), Counter[str]()
-    for number, one in enumerate(paths):
-        progress(f"reading {one_line(path.name)}", number, len(paths))
-        try:
-            picture, told = load(one)
-            _, changes = pixels(picture, 3)  # what is in the way of any use shows here
-        except UserError as error:
-            problems += error.problems
-            continue
-        modes[picture.mode] += 1
-        sizes[f"{picture.width} × {picture.height}"] += 1
-        notes.update([*told, *changes])
-    progress(f"reading {one_line(path.name)}", len(paths), len(paths))
-    tables = {name: dict(counts.most_common()) for name, counts in (("modes", modes), ("sizes", sizes), ("changes", notes))}
-    return {
-        "path": str(path),
-        "kind": "pictures",
-        "pictures": len(paths),
-        "readable": modes.total(),
-        **tables,
-        "not_taken": left_out,
-        "problems": problems,
-    }
