@@ -69,9 +69,8 @@ def write(
     the rows are made from; a partial file of another source starts over. While another process makes the same file this one
     waits, and has nothing left to do afterwards.
 
-    `told` is what `produce` notes of its blocks (JSON by the number as text, before it yields them): kept in the journal, and
-    filled from it with that of the blocks that are there. `dropped()` is asked once all blocks are made: the rows that turned out
-    to be none. They are not in the file, nor are their labels, factors and split.
+    `told` is what `produce` notes of its blocks (JSON by number, as text): kept in the journal, and filled from it. Once all
+    blocks are made `dropped()` gives the rows that turned out to be none: they are left out, with their labels, factors, split.
     """
     files.make_folder(path.parent)
     wait = f"waiting for another process that prepares {path.name}"
@@ -187,12 +186,13 @@ def _write_whole(path: Path, table: Table, keep: NDArray[np.int64], progress: Pr
         temporary.unlink(missing_ok=True)
 
 
-def _copied(images: NDArray[np.uint8], keep: NDArray[np.int64], file: Any, progress: Progress, what: str) -> str:
-    """The SHA-256 of these rows, which are now the data set `images` of an open file. Progress is told of where it takes long."""
+def _copied(images: Any, keep: NDArray[np.int64], file: Any, progress: Progress, what: str) -> str:
+    """The SHA-256 of these rows, now `images` of an open file. What stays mapped counts as memory: each slab is mapped anew."""
     copy, digest = file.create_dataset("images", (len(keep), *images.shape[1:]), np.uint8), hashlib.sha256()
     slab = max(1, SLAB // max(1, math.prod(images.shape[1:])))
     for start in range(0, len(keep), slab):
-        copy[start : start + slab] = rows = np.ascontiguousarray(images[keep[start : start + slab]])
+        mapped = np.memmap(images.filename, np.uint8, "r", shape=images.shape)
+        copy[start : start + slab] = rows = np.ascontiguousarray(mapped[keep[start : start + slab]])
         digest.update(rows.data)
         if len(keep) > slab:
             progress(what, min(start + slab, len(keep)), len(keep))

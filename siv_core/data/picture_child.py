@@ -140,13 +140,19 @@ def _lmdb(place: str) -> Any:
 
 def _keys(place: str, kind: str, after: str, most: int) -> tuple[dict[str, Any], Any]:
     """The next keys of an LMDB, as text, in their order."""
-    found: list[str] = []
-    with _lmdb(place).begin(buffers=False) as transaction:
-        cursor = transaction.cursor()
-        there = cursor.set_range(after.encode("latin-1") + b"\0") if after else cursor.first()
-        while there and len(found) < min(most, KEYS_AT_ONCE):
-            found.append(cursor.key().decode("latin-1"))
-            there = cursor.next()
+    found, opened = list[str](), _lmdb(place)
+    try:
+        with opened.begin(buffers=False) as transaction:
+            cursor = transaction.cursor()
+            there = cursor.set_range(after.encode("latin-1") + b"\0") if after else cursor.first()
+            while there and len(found) < min(most, KEYS_AT_ONCE):
+                key = cursor.key().decode("latin-1")
+                if key <= (found[-1] if found else after):  # a tree that leads round in a circle has no end
+                    raise ValueError("they are not in order")
+                found.append(key)
+                there = cursor.next()
+    except Exception as error:  # whatever a damaged tree of keys makes the library run into
+        raise UserError(f"{one_line(place)}: its keys cannot be read ({one_line(error)[:300]}); get it again") from error
     return {"keys": found}, b""
 
 

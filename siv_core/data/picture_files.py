@@ -58,21 +58,12 @@ def write(
     def rows_of(number: int) -> Sequence[Entry]:
         return entries[number * block : (number + 1) * block]
 
+    def tick() -> None:
+        progress(f"preparing {path.name}", len(told), -(-len(entries) // block))
+
     def produce(numbers: list[int]) -> Iterator[datafile.Block]:
-        count = -(-len(entries) // block)
-        done, problems = count - len(numbers), list[tuple[int, str]]()
-        tick = lambda: progress(f"preparing {path.name}", done, count)  # noqa: E731
-        for number, about, rows in picture_pool.decoded(place, kind, rows_of, numbers, fitting, tick):
-            _unchanged(place, about)
-            if about["damaged"] and damaged == "error":
-                problems += [(number, why) for why in about["damaged"].values()]
-                continue
-            told[str(number)] = _short(about)
-            done += 1
-            yield number, rows
-        known = [(int(number), why) for number, one in told.items() for why in one.get("damaged", {}).values()]
-        if damaged == "error" and problems + known:
-            raise UserError(refused([why for _, why in sorted(problems + known)]))
+        answers = picture_pool.decoded(place, kind, rows_of, numbers, fitting, tick)
+        return _blocks(answers, place, told, refuse=damaged == "error")
 
     def dropped() -> list[int]:
         gone = {int(number) * block + int(i): why for number, one in told.items() for i, why in one.get("damaged", {}).items()}
@@ -95,6 +86,25 @@ def write(
     )
 
 
+def _blocks(
+    answers: Iterator[picture_pool.Answer], place: Path, told: dict[str, Any], *, refuse: bool
+) -> Iterator[datafile.Block]:
+    """The blocks, and in `told` what the journal keeps of each; to refuse damaged pictures is to name all of them at the end."""
+    problems: list[tuple[int, str]] = []
+    for number, about, rows in answers:
+        if about["changed"]:
+            name = one_line(about["changed"][0])
+            raise UserError(f"{one_line(place)}: {name} was changed or taken away while pictures were read; run it again")
+        if about["damaged"] and refuse:
+            problems += [(number, why) for why in about["damaged"].values()]
+            continue
+        told[str(number)] = _short(about)
+        yield number, rows
+    problems += [(int(number), why) for number, one in told.items() for why in one.get("damaged", {}).values()]
+    if refuse and problems:
+        raise UserError(refused([why for _, why in sorted(problems)]))
+
+
 def refused(problems: Sequence[str]) -> list[str]:
     """The lines of an error for pictures that cannot be read."""
     rest = len(problems) - MOST_TOLD
@@ -107,12 +117,6 @@ def _block_size(entries: Sequence[Entry], shape: datafile.Shape) -> int:
     encoded = sum(max(0, entry.size) for entry in entries) // len(entries)
     largest = max(shape[1] * shape[2] * shape[3], encoded, 1)
     return max(1, min(MOST_IN_BLOCK, BLOCK_BYTES // largest, len(entries)))
-
-
-def _unchanged(place: Path, about: dict[str, Any]) -> None:
-    if about["changed"]:
-        name = one_line(about["changed"][0])
-        raise UserError(f"{one_line(place)}: {name} was changed or taken away while pictures were read; run it again")
 
 
 def _short(about: dict[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from siv_core.data.picture import Fitting
 from siv_core.data.picture_list import Entry
 from siv_core.errors import UserError, one_line
 
+Answer = tuple[int, dict[str, Any], NDArray[np.uint8]]  # block number, what was told of it, images [n, C, S, S]
 FEW = 64  # pictures that a second child is not started for
 MOST_CHILDREN = 32
+PIPE = 1 << 20  # bytes: fewer wakings than with the usual 64 KiB
 LOOK = 0.3  # seconds between two calls of `waiting`
 
 
@@ -40,7 +42,7 @@ class Child:
         # -P: the folder one works in may hold somebody's PIL.py
         command = [sys.executable, "-P", "-m", "siv_core.data.picture_child"]
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, pipesize=PIPE
         )
         self.number = 0
         self.doing = ""
@@ -100,7 +102,7 @@ def decoded(
     numbers: Sequence[int],
     fitting: Fitting | None,
     waiting: Callable[[], None],
-) -> Iterator[tuple[int, dict[str, Any], NDArray[np.uint8]]]:
+) -> Iterator[Answer]:
     """(number, what was told, uint8 [n, C, S, S]) of each of these blocks of pictures, in any order.
 
     Told are `damaged` {number in the block: why}, whose rows are black, `changed` [names] of what is no longer as it was listed,
