@@ -17,7 +17,7 @@ from siv_core import Model, Rows, Spec, UserError
 from siv_core.errors import Stopped
 from siv_core.nets import Priors
 from siv_core.store import files
-from siv_core.use import classifier, feature_sets
+from siv_core.use import classifier, distances, feature_sets
 
 CPU = torch.device("cpu")
 
@@ -228,6 +228,16 @@ def test_noise_is_not_precise(data: digits.Digits) -> None:
     assert values["fd"] > 20 * values["floor.fd"]
     assert values["kid"] > 10 * values["kid.se"]
     assert values["sure"] < 0.8 < values["floor.sure"]
+
+
+def test_the_last_layer_alone_takes_noise_for_digits(data: digits.Digits) -> None:
+    """Why the features are of all layers."""
+    judge = classifier.trained(data, data.spec, classifier.Settings(epochs=25), CPU, quiet)
+    rows = data.rows("train")
+    noise = torch.randint(256, (397, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    real, fake = (judge(x)[0] for x in (rows.x[rows.at(feature_sets.chosen(rows, 397, 0))], noise))
+    assert distances.precision_recall(fake, real, 3)[0] < 0.05
+    assert distances.precision_recall(fake[:, -64:], real[:, -64:], 3)[0] > 0.2
 
 
 def test_a_conditional_model_shows_what_it_was_asked_for(data: digits.Digits) -> None:

@@ -51,8 +51,7 @@ class Classifier(nn.Module):
 
     Convolutions of 3 × 3, all but the first with group norm, ReLU; the channels' means of the last one are what the classes are
     read from. No batch norm, so that an image is judged alone. Features are the channels' means of every layer: what the last one
-    has learned to tell is classes, and noise may look like a class to it (on `digits` two fifths of noise images lay within the
-    manifold of real ones in the last layer's features, none in all layers').
+    has learned to tell is classes, and noise may look like a class to it (docs/metrics.md has the figures).
     """
 
     scales: Tensor
