@@ -205,7 +205,7 @@ def compare_settings(built: Built, catalogue: Catalogue, device: torch.device, p
     recipe = built.recipe
     base = _timed_trainer(built, catalogue, recipe, device)
     changes = list(_other_settings(recipe, built.spec))
-    found = []
+    found: list[dict[str, Any]] = []
     for number, change in enumerate(changes):
         progress("comparing settings", number, len(changes) + 1)
         try:
