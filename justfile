@@ -31,9 +31,10 @@ fix:
 bench *ARGS:
     python tests/bench_step.py {{ARGS}}
 
-# Kills, fuzzed recipes and damaged files at full size: docs/reliability.md; a step of the full translation recipe at its own batch
+# Kills, fuzzed recipes and damaged files at full size (docs/reliability.md), and recipes at their own length or batch
 campaign *ARGS:
     SIV_CAMPAIGN_RECIPES=10000 SIV_CAMPAIGN_FILES=2000 SIV_CAMPAIGN_CHECKPOINTS=600 SIV_CAMPAIGN_KILLS=1000 \
         SIV_CAMPAIGN_ARRAYS=1000 SIV_CAMPAIGN_CALLS=100000 python -m pytest --timeout 0 tests/test_fuzz_recipes.py \
         tests/test_fuzz_data.py tests/test_fuzz_inputs.py tests/test_fuzz_checkpoints.py tests/test_kills.py {{ARGS}}
     SIV_CAMPAIGN_BATCH=64 python -m pytest -m slow tests/test_jobs.py -k full_translation
+    SIV_CAMPAIGN_DIGITS=1 python -m pytest -m slow tests/test_images.py
