@@ -70,6 +70,7 @@ def both_ways(capsys):
     yield
     if sum(SEEN.values()) >= 30:
         assert SEEN["recipe"] > 0, SEEN
+    if sum(SEEN.values()) >= 60:  # of few right recipes it may be that none has a problem
         assert SEEN["told"] > 0, SEEN
     with capsys.disabled():
         print(f" {dict(SEEN)}", end=" ")
