@@ -1,4 +1,4 @@
-"""FID, KID, precision and recall of samples in the features of Inception-v3, each with the protocol it was taken by.
+"""FID, KID, precision and recall of samples, and of reconstructions, in the features of Inception-v3, each with its protocol.
 
 The network is torch-fidelity's, with the weights of the first FID (Heusel et al. 2017). The distances are siv's own
 (siv_core/use/distances.py): they stream, and the roots are taken of singular values.
@@ -14,14 +14,17 @@ from attrs import frozen
 from torch import Tensor
 
 from siv_core.component import Component, option
+from siv_core.data import feed
 from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import stream_seed
 from siv_core.use import feature_sets, inception
+from siv_core.use.evaluate import labels_of
 
 OFFICIAL = "official-train-mode"
+RECONSTRUCTION = "reconstruction."  # before the names of values that are of reconstructions
 OFFICIAL_BATCH = 32  # of the published CIFAR-10 runs: a value in this mode depends on it
 MODES = {
     "standard": "network and decoder in evaluation mode",
@@ -38,6 +41,9 @@ class FidConfig:
         "standard",
         doc="official-train-mode: as the code behind the paper's 4.6 and 4.07, for no other comparison; under names of its own",
         choices=tuple(MODES),
+    )
+    reconstructions: bool = option(
+        False, doc="held-out images and what the model makes of them are compared too, under names of their own"
     )
     k: int = option(3, doc="neighbours that the balls of precision and recall reach to", ge=1)
     seed: int = option(0, doc="of samples, of the choice of images and of blocks", ge=0)
@@ -61,8 +67,9 @@ class Fid:
 
     @torch.no_grad()
     def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
+        names = [prefix + name for prefix in ("", RECONSTRUCTION)[: 1 + self._both] for name in ("fid", *feature_sets.NAMES)]
         for reason in (*self.needs(), *self.fits(data)):
-            return Measurement({self._called(name): reason for name in ("fid", *feature_sets.NAMES)}, self._protocol())
+            return Measurement({self._called(name): reason for name in names}, self._protocol())
         net = inception.load(inception.path_of(self.config.weights_file), model.device).train(self._official)
         rows, batch = data.rows(self.config.reference), self._batch
         positions = feature_sets.chosen(rows, self._whole(min(self.config.count, len(rows))), self.config.seed)
@@ -82,7 +89,29 @@ class Fid:
             "samples": {"count": count, "labels": "none" if labels is None else "of the reference's images, in turn"},
             "versions": inception.versions(),
         }
+        if self._both:
+            of_them, protocol["reconstructions"] = self._of_reconstructions(model, data, net, progress)
+            values |= of_them
         return Measurement({self._called(name): value for name, value in values.items()}, protocol)
+
+    def _of_reconstructions(
+        self, model: Model, data: Dataset, net: feature_sets.Net, progress: Progress
+    ) -> tuple[feature_sets.Values, dict[str, Any]]:
+        """Held-out images against their reconstructions, D of the posterior means: how much of the set a code keeps."""
+        rows, spec = data.rows("held_out"), self.spec
+        positions = feature_sets.chosen(rows, self.config.count, self.config.seed)
+        to_bytes = feature_sets.ToBytes(spec.value_range, "fid: reconstructions of the model")
+        made = (
+            to_bytes(model.reconstruct(feed.images(rows, at, spec), labels_of(rows, at, model)))
+            for at in positions.split(self._batch)
+        )
+        real = feature_sets.of_data(rows, positions, spec, self._batch, model.device, "fid: held-out images")
+        originals = feature_sets.collect(real, net, _shown(progress, "fid: held-out images", len(positions)))
+        shown = feature_sets.collect(made, net, _shown(progress, "fid: reconstructions", len(positions)))
+        values, about = feature_sets.compare("fid", shown, originals, self.config.k, self.config.seed)
+        values["clipped"] = to_bytes.clipped
+        told = {"of": "posterior means", "reference": {"split": "held_out", "images": len(positions), "of": len(rows)}}
+        return {RECONSTRUCTION + name: value for name, value in values.items()}, {**told, "distances": about}
 
     def _samples(self, model: Model, count: int, labels: Tensor | None) -> Iterator[Tensor]:
         if not self._official:
@@ -96,6 +125,10 @@ class Fid:
     @property
     def _official(self) -> bool:
         return self.config.mode == OFFICIAL
+
+    @property
+    def _both(self) -> bool:
+        return self.config.reconstructions
 
     @property
     def _batch(self) -> int:
@@ -126,6 +159,8 @@ def _shown(progress: Progress, what: str, total: int) -> Callable[[int], None]:
 def build(config: FidConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:
     if spec.kind != "image" or spec.shape[0] not in (1, 3):
         raise UserError(f"metric fid: needs images with 1 or 3 channels, this data is {spec.kind} {list(spec.shape)}")
+    if config.reconstructions and config.mode == OFFICIAL:
+        raise UserError(f"metric fid: {OFFICIAL} is of samples alone: leave reconstructions out")
     return Fid(spec, config)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from siv_core import Model, Rows, Spec, UserError
+from siv_core import Gaussian, Model, Rows, Spec, UserError
 from siv_core.nets import Priors
 from siv_core.seeding import Seeded
 from siv_core.use import inception
@@ -172,6 +172,46 @@ def test_the_reference_itself_is_at_no_distance_in_grey_too(weights: Path) -> No
     assert again.values == pytest.approx(found.values, rel=1e-3, abs=1e-4)
     colours = data.x[:4].repeat(1, 3, 1, 1)
     assert torch.equal(inception.load(weights, torch.device("cpu"))(data.x[:4]), extractor(weights)(colours))
+
+
+class Numbers(nn.Module):
+    """An encoder whose mean is the number of an image among these."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Gaussian]:
+        number = torch.cdist(x.flatten(1), self.x.flatten(1)).argmin(dim=1).float()
+        return {"z": Gaussian(torch.stack([number, number], dim=1), torch.zeros(len(x), 2))}
+
+
+class Looks(nn.Module):
+    """A decoder that shows the image of a number, `blur` of it replaced by grey."""
+
+    def __init__(self, x: Tensor, blur: float) -> None:
+        super().__init__()
+        self.x, self.blur = x, blur
+
+    def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
+        return self.x[codes["z"][:, 0].round().long().clamp(0, len(self.x) - 1)] * (1 - self.blur)
+
+
+def test_reconstructions_are_compared_with_their_originals(weights: Path) -> None:
+    data = Pictures(COLOUR)
+    x = data.floats("held_out")
+    found = {}
+    for blur in (0.0, 0.5):
+        model = evolve(model_of(COLOUR, x), encoder=Numbers(x), decoder=Looks(x, blur))
+        found[blur] = build(COLOUR, reconstructions=True).measure(model, data, quiet)
+    exact, blurred = (found[blur].values for blur in (0.0, 0.5))
+    assert list(exact) == [*NAMES, "clipped", *(f"reconstruction.{name}" for name in [*NAMES, "clipped"])]
+    assert exact["reconstruction.fid"] == pytest.approx(0, abs=1e-4)
+    assert exact["reconstruction.recall"] == 1
+    assert blurred["reconstruction.fid"] > 10 * abs(float(exact["reconstruction.fid"])) + 1e-3
+    assert found[0.0].protocol["reconstructions"]["reference"] == {"split": "held_out", "images": 40, "of": 40}
+    with pytest.raises(UserError, match="of samples alone"):
+        build(COLOUR, reconstructions=True, mode=plugin.OFFICIAL)
 
 
 def test_a_conditional_model_is_asked_for_the_labels_of_the_reference(weights: Path) -> None:

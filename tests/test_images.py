@@ -1,6 +1,6 @@
 """The image recipes at work: what residual networks draw of real digits, judged by a classifier that siv has no part in.
 
-In `just campaign` the recipes run as they are, with the figures of docs/measurements.md as bounds; every day a fifth of their steps.
+In `just campaign` the recipes run as they are, with bounds near what they reach; every day a fifth of their steps.
 """
 
 from __future__ import annotations
