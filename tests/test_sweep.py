@@ -129,7 +129,7 @@ def test_rows_are_labels_and_grid_keys_unless_told(read):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
-    numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2, "variants": 15, "introvae": 20, "schedule": 6}
+    numbers = {"table2": 12 * 5, "margin": (10 + 1) * 5, "collapse": 2, "variants": 15, "introvae": 20, "schedule": 6, "mnist": 12, "table7": 24}
     made = sweep.load(path)
     found = sweep.resolve(made, catalogue, cpu_only=False)
     assert len(found) == len(made.trials) == numbers[path.stem]
