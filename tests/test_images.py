@@ -45,7 +45,7 @@ def trained(siv_in: Any, folder: Path, name: str, *options: Any) -> tuple[siv_co
     done = siv_in(folder, "run", recipe, *options, *stages(recipe), "--run-dir", "run", "--device", "cpu", seconds=1700)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return siv_core.load(folder / "run"), {f"{line['metric']}.{line['name']}": line.get("value") for line in lines}
+    return siv_core.load(folder / "run"), {f"{line['metric']}.{line['name']}": line.get("value") for line in lines[1:]}
 
 
 @pytest.fixture(scope="module")
