@@ -171,32 +171,28 @@ class CelebAHQConfig:
 
 
 @frozen
-class FFHQConfig:
+class FFHQConfig(CelebAHQConfig):
     path: str = option("", doc="of images1024x1024, thumbnails128x128 or a zip; empty: looked for in the data folder", place=True)
-    size: int = option(256, doc="pixels a side", ge=1, le=1024)
-    resampling: str = resampling("area")
     held_out: int = option(10_000, doc="so many pictures are held out: those of the highest numbers", ge=1)
-    damaged: str = damaged()
 
 
-Numbered = CelebAHQConfig | FFHQConfig
 FOLDERS = {"celeba_hq": ("images", "images.zip"), "ffhq": ("images1024x1024", "thumbnails128x128", "images", "images.zip")}
 COUNTS = {"celeba_hq": 30_000, "ffhq": 70_000}
 
 
-def numbered_place(name: str, config: Numbered) -> Path:
+def numbered_place(name: str, config: CelebAHQConfig) -> Path:
     if config.path:
         return Path(config.path)
     places = [files.data_root() / name / folder for folder in FOLDERS[name]]
     return next((place for place in places if place.exists()), places[0])
 
 
-def numbered_missing(name: str, config: Numbered) -> str | None:
+def numbered_missing(name: str, config: CelebAHQConfig) -> str | None:
     place = numbered_place(name, config)
     return None if place.exists() else f"there is no {one_line(place)}: put the numbered pictures there, or set data.path"
 
 
-def choose_numbered(name: str, config: Numbered) -> Chosen:
+def choose_numbered(name: str, config: CelebAHQConfig) -> Chosen:
     """Pictures in the order of their numbers, the last ones held out."""
     place = numbered_place(name, config)
     found = picture_list.listed(place)
@@ -228,7 +224,7 @@ def picture_number(name: str, place: Path) -> int:
     return int(digits[0])
 
 
-def build_numbered(name: str, config: Numbered) -> PictureSet:
+def build_numbered(name: str, config: CelebAHQConfig) -> PictureSet:
     fitting = Fitting(config.size, 3, "centre", (), config.resampling)
     return PictureSet(
         name, partial(choose_numbered, name, config), partial(numbered_missing, name, config), fitting, config.damaged

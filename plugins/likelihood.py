@@ -64,11 +64,6 @@ def elbo(log_weights: Tensor) -> Tensor:
     return log_weights.mean(dim=1)
 
 
-def iwae(log_weights: Tensor) -> Tensor:
-    """[N] of ln w [N, M]: ln (1/M) Σ_m w_m (Burda et al. 2016, equation 8): between the ELBO and ln p(x) in expectation."""
-    return torch.logsumexp(log_weights, dim=1) - math.log(log_weights.shape[1])
-
-
 def effective(log_weights: Tensor) -> Tensor:
     """[N]: effective number of the M draws, 1 / Σ_m w̃_m² with weights w̃ that sum to 1 (Kong 1992)."""
     return 1 / log_weights.softmax(dim=1).square().sum(dim=1)
@@ -87,8 +82,8 @@ def bounds(drawn: Drawn, beta: float, constant: float, prefix: str) -> Values:
     weights = drawn.log_ratio - beta * drawn.rec + constant
     return {
         **mean_and_se(f"{prefix}elbo", elbo(weights)),
-        **mean_and_se(f"{prefix}iwae", iwae(weights)),
-        **mean_and_se(f"{prefix}iwae.minus_elbo", iwae(weights) - elbo(weights)),
+        **mean_and_se(f"{prefix}iwae", losses.importance_weighted(weights)),
+        **mean_and_se(f"{prefix}iwae.minus_elbo", losses.importance_weighted(weights) - elbo(weights)),
         f"{prefix}effective_draws": float(effective(weights).mean()) if weights.isfinite().all() else NOT_FINITE,
     }
 

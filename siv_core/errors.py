@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 
 
@@ -54,3 +55,8 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def how_it_ended(code: int) -> str:
+    """In words what a child process ended with, as `subprocess` tells it: below 0 a signal."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

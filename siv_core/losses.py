@@ -77,3 +77,9 @@ def log_normaliser(power: int, beta: float, dims: int) -> float:
 def best_beta(power: int, mean: float, dims: int) -> float:
     """The beta under which samples with this mean of Σ |x − y|^power are the likeliest: of a Gaussian 1/(2 · variance)."""
     return dims / (power * mean)
+
+
+def importance_weighted(log_weights: Tensor) -> Tensor:
+    """ln (1/M) Σ_m w_m [N] of ln w [N, M]: the bound of Burda et al. 2016 (arXiv:1509.00519, equation 8), in expectation between
+    the ELBO, which is their mean, and ln p(x)."""
+    return torch.logsumexp(log_weights, dim=1) - math.log(log_weights.shape[1])

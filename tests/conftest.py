@@ -15,10 +15,13 @@ import pytest
 import readers
 import torch
 import toys
+import trunks
 
 from siv_core.recipe import catalogue as catalogues
+from siv_core.use import image_distances
 
 Done = subprocess.CompletedProcess[str]
+Trunk = tuple[str, Path, image_distances.Backbone]  # its name, the data root it lies in, and what fits its digest
 
 TINY = (
     toys.SOFT
@@ -113,3 +116,20 @@ def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture(scope="module", params=["alex", "vgg"])
+def saved_trunk(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, image_distances.Backbone]:
+    """A data folder with a trunk of LPIPS in the real layout, and the entry of the table that fits its digest."""
+    root = tmp_path_factory.mktemp(request.param)
+    return request.param, root, trunks.save(request.param, root)
+
+
+@pytest.fixture
+def backbone(saved_trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backbone of LPIPS whose trunk is at hand, with random weights."""
+    monkeypatch.setenv("SIV_DATA", str(saved_trunk[1]))
+    monkeypatch.setitem(image_distances.BACKBONES, saved_trunk[0], saved_trunk[2])
+    return saved_trunk[0]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trunks
 from attrs import evolve
 from siv_plugins import content_transfer as plugin
 from torch import Tensor, nn
@@ -344,20 +343,6 @@ def test_small_images_have_no_ssim_and_no_lpips() -> None:
 # LPIPS.
 
 
-@pytest.fixture(scope="module", params=["alex", "vgg"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, image_distances.Backbone]:
-    """A data folder with a trunk in the real layout, and the entry of the table that fits its digest."""
-    root = tmp_path_factory.mktemp(request.param)
-    return request.param, root, trunks.save(request.param, root)
-
-
-@pytest.fixture
-def backbone(saved: tuple[str, Path, image_distances.Backbone], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SIV_DATA", str(saved[1]))
-    monkeypatch.setitem(image_distances.BACKBONES, saved[0], saved[2])
-    return saved[0]
-
-
 def test_lpips_as_a_value(backbone: str) -> None:
     data = Grid(size=32, channels=1)
     metric = build(data.spec, lpips=(backbone,), pairs=1)
@@ -370,17 +355,17 @@ def test_lpips_as_a_value(backbone: str) -> None:
 
 
 def test_a_damaged_trunk(
-    saved: tuple[str, Path, image_distances.Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_trunk: tuple[str, Path, image_distances.Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIV_DATA", str(tmp_path))
     (tmp_path / "weights").mkdir()
-    path = tmp_path / "weights" / image_distances.BACKBONES[saved[0]].trunk
-    path.write_bytes((saved[1] / "weights" / saved[2].trunk).read_bytes()[:-1])
+    path = tmp_path / "weights" / image_distances.BACKBONES[saved_trunk[0]].trunk
+    path.write_bytes((saved_trunk[1] / "weights" / saved_trunk[2].trunk).read_bytes()[:-1])
     data = Grid(size=32)
-    metric = build(data.spec, lpips=(saved[0],))
+    metric = build(data.spec, lpips=(saved_trunk[0],))
     (need,) = metric.needs()
-    reason = metric.measure(perfect(data), data, quiet).values[f"lpips_{saved[0]}"]
-    assert need == f"lpips_{saved[0]}: {reason}"
+    reason = metric.measure(perfect(data), data, quiet).values[f"lpips_{saved_trunk[0]}"]
+    assert need == f"lpips_{saved_trunk[0]}: {reason}"
     assert reason.startswith(f"{path}: damaged, its sha256 ")
 
 

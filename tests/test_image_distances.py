@@ -52,20 +52,6 @@ def test_ssim_of_constant_images() -> None:
 # LPIPS.
 
 
-@pytest.fixture(scope="module", params=["alex", "vgg"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, image_distances.Backbone]:
-    """A data folder with a trunk in the real layout, and the entry of the table that fits its digest."""
-    root = tmp_path_factory.mktemp(request.param)
-    return request.param, root, trunks.save(request.param, root)
-
-
-@pytest.fixture
-def backbone(saved: tuple[str, Path, image_distances.Backbone], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SIV_DATA", str(saved[1]))
-    monkeypatch.setitem(image_distances.BACKBONES, saved[0], saved[2])
-    return saved[0]
-
-
 def lpips_by_hand(backbone: str, x: Tensor, y: Tensor) -> list[float]:
     """Zhang et al. 2018, equation 1: unit-length features after five ReLUs, squared differences, weighted, averaged, summed."""
     shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))

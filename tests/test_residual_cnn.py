@@ -147,4 +147,6 @@ def test_what_does_not_fit_is_told(spec, config, told):
 
 
 def test_uneven_groups_matter_only_to_group_norm():
-    residual_cnn.build(ResidualCNNConfig(channels=(12,), norm="none", norm_groups=8), Spec((1, 8, 8)))
+    networks = residual_cnn.build(ResidualCNNConfig(channels=(12,), norm="none", norm_groups=8), Spec((1, 8, 8)))
+    assert not any(isinstance(module, torch.nn.GroupNorm) for network in networks[:2] for module in network.modules())
+    assert networks.decoder({"z": networks.encoder(torch.rand(2, 1, 8, 8))["z"].mu}).shape == (2, 1, 8, 8)

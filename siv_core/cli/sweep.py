@@ -90,7 +90,7 @@ def run_trials(
     """{trial: how it ended} of those that were run now; finished and diverged ones are left alone."""
     from siv_core.recipe import catalogue as catalogues
     from siv_core.runs import device as devices
-    from siv_core.store import files
+    from siv_core.store import files, memory
     from siv_core.store.rundir import RunDir
     from siv_core.sweep import jobs as sweep_jobs
     from siv_core.sweep import table as sweep_table
@@ -103,7 +103,7 @@ def run_trials(
         files.write_bytes(root / "sweep.toml", plan.source)
         states = {one.trial.name: one.state for one in sweep_table.outcomes(plan, recipes, root) if one.trial.name in chosen}
         todo = [name for name, state in states.items() if state not in ("finished", "diverged")]
-        limit = limit or (sweep_jobs.cores() if on_cpu else 1)
+        limit = limit or (memory.cores() if on_cpu else 1)
         crew = sweep_jobs.Crew(watcher, limit)
         counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
         watcher.say(

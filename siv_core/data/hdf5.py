@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from siv_core.data.hdf5_file import REMEDY, Answer
-from siv_core.errors import UserError, one_line
+from siv_core.errors import UserError, how_it_ended, one_line
 
 SECONDS = 10  # of computing for one answer, where an image takes milliseconds; a busy machine does not count
 PATIENCE = 120  # seconds for one answer, whatever the reason
@@ -76,5 +76,4 @@ def _death(path: Path, code: int) -> str:
         return f"{where}: HDF5 reads in it for more than {SECONDS} s without an end, as in a damaged file; {REMEDY}"
     if code == -signal.SIGALRM:
         return f"{where}: HDF5 had no answer in {PATIENCE} s: is its disk at work? Else {REMEDY}"
-    reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"{where}: HDF5 broke down while it read it ({reason}), as on a damaged file or without memory; {REMEDY}"
+    return f"{where}: HDF5 broke down while it read it ({how_it_ended(code)}), as on a damaged file or without memory; {REMEDY}"

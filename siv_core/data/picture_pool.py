@@ -12,7 +12,6 @@ import json
 import math
 import os
 import selectors
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,8 @@ from numpy.typing import NDArray
 
 from siv_core.data.picture import Fitting
 from siv_core.data.picture_list import Entry
-from siv_core.errors import UserError, one_line
+from siv_core.errors import UserError, how_it_ended, one_line
+from siv_core.store import memory
 
 Answer = tuple[int, dict[str, Any], NDArray[np.uint8]]  # block number, what was told of it, images [n, C, S, S]
 FEW = 64  # pictures that a second child is not started for
@@ -73,8 +73,7 @@ class Child:
 
     def _death(self) -> UserError:
         self.process.kill()
-        code = self.process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = how_it_ended(self.process.wait())
         why = "the machine had no memory left, somebody ended it, or a picture broke the decoder down"
         return UserError(
             f"{self.doing}: the process that decodes pictures ended ({how}): {why}; the same command goes on where it stopped"
@@ -91,8 +90,7 @@ class Child:
 
 def children(pictures: int, blocks: int) -> int:
     """How many are of use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if pictures < FEW else max(1, min(cores, blocks, MOST_CHILDREN))
+    return 1 if pictures < FEW else max(1, min(memory.cores(), blocks, MOST_CHILDREN))
 
 
 def decoded(

@@ -21,7 +21,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from siv_core.errors import one_line
+from siv_core.errors import how_it_ended
+from siv_core.store import memory
 
 SECONDS = 120  # of computing for one video, where one of KTH takes a tenth of a second
 PATIENCE = 600  # seconds for one video, whatever the reason
@@ -115,7 +116,7 @@ def decoded(videos: Sequence[Video], size: int, fit: str, every: int) -> Iterato
     (`fit` "crop") or stretched, by area means.
     """
     how = {"size": size, "fit": fit, "every": every}
-    workers = min(_cores(), len(videos))
+    workers = min(memory.cores(), len(videos))
     with selectors.DefaultSelector() as waiting, contextlib.ExitStack() as ending:
 
         def start(share: Sequence[Video]) -> None:
@@ -143,9 +144,4 @@ def _death(code: int) -> str:
         return f"is decoded for more than {SECONDS} s without an end, as where it is damaged"
     if code == -signal.SIGALRM:
         return f"was not decoded in {PATIENCE} s: is its disk at work?"
-    reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"the decoder broke down over it ({one_line(reason)}), as on a damaged file or without memory"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"the decoder broke down over it ({how_it_ended(code)}), as on a damaged file or without memory"

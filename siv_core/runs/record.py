@@ -184,7 +184,7 @@ def append_metrics(
         path = (
             run_dir.images / f"{name}{suffix}.png"
             if suffix is not None
-            else files.free_name(run_dir.path / "outputs", name, ".png")
+            else files.free_names(run_dir.path / "outputs", name, [".png"])[0]
         )
         pictures.save_png(path, picture)
         watcher.wrote(path)

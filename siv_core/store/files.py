@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -142,14 +142,15 @@ def finite_or_text(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def free_name(folder: Path, name: str, suffix: str) -> Path:
-    """`folder`/name`suffix`, with a number where that is taken: nothing is overwritten. The folder is made."""
+def free_names(folder: Path, name: str, suffixes: Iterable[str]) -> list[Path]:
+    """`folder`/name`suffix` for each suffix, with the same number where one of them is taken: nothing is overwritten. The folder
+    is made."""
     make_folder(folder)
-    path, number = folder / f"{name}{suffix}", 1
-    while path.exists():
+    suffixes, stem, number = list(suffixes), name, 1
+    while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         number += 1
-        path = folder / f"{name}-{number}{suffix}"
-    return path
+        stem = f"{name}-{number}"
+    return [folder / f"{stem}{suffix}" for suffix in suffixes]
 
 
 def make_folder(path: Path) -> None:

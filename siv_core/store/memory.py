@@ -1,4 +1,5 @@
-"""How much memory there is, a refusal of what asks for more before the machine has to give it, and what is kept between steps."""
+"""How much memory there is (and how many cores), a refusal of what asks for more before the machine has to give it, and what is
+kept between steps."""
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ CGROUPS = (  # limit and use of this process's container: of version 2, of versi
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free(device: torch.device | str = "cpu") -> int:

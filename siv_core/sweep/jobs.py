@@ -239,8 +239,3 @@ def jobs_of(sweep: Sweep, names: Sequence[str], steps: Mapping[str, int], root: 
         )
         for trial in chosen
     ]
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -355,23 +355,19 @@ def _write(
 ) -> dict[str, Any]:
     """NAME.safetensors with the arrays, which `about` is written into, NAME.json with what stands `beside` them and NAME.png with
     the picture, where there are such; a name that is taken gets a number, nothing is overwritten."""
-    files.make_folder(folder)
-    stem, number = name, 1
-    while any((folder / f"{stem}{suffix}").exists() for suffix in (".safetensors", ".png", ".json")):
-        number += 1
-        stem = f"{name}-{number}"
+    tensors_at, beside_at, picture_at = files.free_names(folder, name, (".safetensors", ".json", ".png"))
     written = []
     if arrays:
-        written.append(folder / f"{stem}.safetensors")
+        written.append(tensors_at)
         head = json.dumps({"model": model.name, "value_range": model.spec.value_range, **about})
         tensors = {key: value.detach().cpu().contiguous() for key, value in arrays.items()}
-        files.write_bytes(written[-1], save(tensors, {"about": head}))  # one key: the order of several is not fixed
+        files.write_bytes(tensors_at, save(tensors, {"about": head}))  # one key: the order of several is not fixed
     if beside is not None:
-        written.append(folder / f"{stem}.json")
-        files.write_json(written[-1], files.finite_or_text({**beside, "tensors": written[0].name}))
+        written.append(beside_at)
+        files.write_json(beside_at, files.finite_or_text({**beside, "tensors": tensors_at.name}))
     picture = draw() if draw else None
     if picture is not None:
-        written.append(folder / f"{stem}.png")
-        pictures.save_png(written[-1], picture)
+        written.append(picture_at)
+        pictures.save_png(picture_at, picture)
     held = {key: {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")} for key, value in arrays.items()}
     return {"files": [str(path) for path in written], "arrays": held, "notes": notes, "model": model.name}

@@ -26,12 +26,7 @@ COLOURS = ("#d9480f", "#2b8a3e", "#9c36b5", "#e0a800", "#0b7285", "#a61e4d")  # 
 def write(folder: Path, scored: Scored, values: Mapping[str, float | str], model: Model) -> dict[str, Any]:
     """ood.png, ood.safetensors with the scores as "SET.SCORE" and ood.json; a name that is taken gets a number. What was written,
     and all that ood.json says."""
-    files.make_folder(folder)
-    stem, number = "ood", 1
-    while any((folder / f"{stem}{suffix}").exists() for suffix in (".png", ".safetensors", ".json")):
-        number += 1
-        stem = f"ood-{number}"
-    paths = [folder / f"{stem}{suffix}" for suffix in (".json", ".safetensors", ".png")]
+    paths = files.free_names(folder, "ood", (".json", ".safetensors", ".png"))
     about = {"values": dict(values), "protocol": scored.protocol, "notes": scored.notes, "model": model.name}
     files.write_json(paths[0], files.finite_or_text(about))
     arrays = {f"{label}.{name}": value for label, own in scored.scores.items() for name, value in own.items()}

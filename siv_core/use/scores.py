@@ -169,8 +169,7 @@ def _sampled(image: _Image, q: Posterior, settings: Settings, tick: Callable[[],
     rec = torch.stack(recs)
     found = {"elbo": image.betas.rec * rec.mean(dim=0) + torch.stack(kls).mean(dim=0)}
     if ratio:
-        log_weights = torch.stack(log_ratios) - ratio * rec
-        found["iwae"] = math.log(settings.draws) - torch.logsumexp(log_weights, dim=0)
+        found["iwae"] = -losses.importance_weighted((torch.stack(log_ratios) - ratio * rec).T)
     return found
 
 
