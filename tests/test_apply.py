@@ -21,6 +21,7 @@ from siv_plugins.standard_normal import StandardNormal
 from torch import nn
 
 import siv_core
+from siv_core import testing
 from siv_core.data import feed
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
@@ -160,7 +161,7 @@ def test_samples_that_are_no_images_are_drawn_as_a_metric_draws_them(tmp_path):
     model = Model(
         nn.Identity(),
         Codes(),
-        Priors({"z": siv_core.testing._ToyPrior()}),
+        Priors({"z": testing._ToyPrior()}),
         Spec((2,), kind="array"),
         {"z": 2},
         None,
@@ -242,10 +243,10 @@ def test_the_conformance_kit_knows_truncation(monkeypatch, kind, good):
     monkeypatch.setattr(toys, "Mixture", kind)
     spec = Spec((3, 8, 8))
     if good:
-        siv_core.testing.check_prior(prior, 3, spec)
+        testing.check_prior(prior, 3, spec)
     else:
         with pytest.raises(AssertionError, match="half-way between a mean and sample"):
-            siv_core.testing.check_prior(prior, 3, spec)
+            testing.check_prior(prior, 3, spec)
 
 
 # -- between pictures ------------------------------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def labelled_toy(group: str = "z") -> Model:
             return (codes[group] + 10 * labels[:, None])[:, :, None, None].expand(-1, 1, 2, 2)
 
     spec = Spec((1, 2, 2), classes=3, conditional=True)
-    prior = siv_core.testing._ToyPrior()
+    prior = testing._ToyPrior()
     return Model(E(), D(), Priors({group: prior}), spec, {group: 1}, None, torch.device("cpu"))
 
 
