@@ -25,7 +25,7 @@ from siv_core.hookspecs import hookimpl
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
 from siv_core.seeding import stream_seed
-from siv_core.use.evaluate import labels_of, some
+from siv_core.use.evaluate import labels_of, mean_and_error, some
 
 WHAT = "likelihood"
 PART = 64  # samples between two signs of life
@@ -69,21 +69,13 @@ def effective(log_weights: Tensor) -> Tensor:
     return 1 / log_weights.softmax(dim=1).square().sum(dim=1)
 
 
-def mean_and_se(name: str, each: Tensor) -> Values:
-    """The mean of values [N] and its standard error, their deviation (N − 1) over √N."""
-    if not each.isfinite().all():
-        return {name: NOT_FINITE, f"{name}.se": NOT_FINITE}
-    se = float(each.std() / len(each) ** 0.5) if len(each) > 1 else "of one sample there is none"
-    return {name: float(each.mean()), f"{name}.se": se}
-
-
 def bounds(drawn: Drawn, beta: float, constant: float, prefix: str) -> Values:
     """Of ln p(x ∣ z) = constant − beta r(x, D(z)), in nats a sample."""
     weights = drawn.log_ratio - beta * drawn.rec + constant
     return {
-        **mean_and_se(f"{prefix}elbo", elbo(weights)),
-        **mean_and_se(f"{prefix}iwae", losses.importance_weighted(weights)),
-        **mean_and_se(f"{prefix}iwae.minus_elbo", losses.importance_weighted(weights) - elbo(weights)),
+        **mean_and_error(f"{prefix}elbo", elbo(weights), NOT_FINITE),
+        **mean_and_error(f"{prefix}iwae", losses.importance_weighted(weights), NOT_FINITE),
+        **mean_and_error(f"{prefix}iwae.minus_elbo", losses.importance_weighted(weights) - elbo(weights), NOT_FINITE),
         f"{prefix}effective_draws": float(effective(weights).mean()) if weights.isfinite().all() else NOT_FINITE,
     }
 
@@ -114,7 +106,7 @@ class Likelihood:
             values.update({"elbo": reason, "iwae": reason})
             values.update(bounds(held_out, beta, 0.0, "unnormalised.") if beta else {"unnormalised.elbo": NO_BETA})
             if beta:
-                values.update(mean_and_se("unnormalised.no_codes", -beta * held_out.no_codes))
+                values.update(mean_and_error("unnormalised.no_codes", -beta * held_out.no_codes, NOT_FINITE))
         else:
             train = self._drawn(model, data, "train", config.train_count, 1, mean, progress)
             rec, flat = (float(each.mean()) for each in (train.rec, train.no_codes))
@@ -126,7 +118,7 @@ class Likelihood:
             values.update(self._density(held_out, fitted, no_codes, power, "fitted.", reason, model.spec))
             about.update(self._densities(power, {"own": beta, "fitted": fitted, "fitted.no_codes": no_codes}))
         for group, each in held_out.kl.items():
-            values.update(mean_and_se(f"kl.{group}" if len(held_out.kl) > 1 else "kl", each))
+            values.update(mean_and_error(f"kl.{group}" if len(held_out.kl) > 1 else "kl", each, NOT_FINITE))
         return Measurement(values, {**about, **self._protocol(model, data, len(held_out.rec))})
 
     def _density(
@@ -138,7 +130,7 @@ class Likelihood:
         values = bounds(drawn, beta, -losses.log_normaliser(power, beta, spec.dims), prefix)
         if no_codes:
             constant = -losses.log_normaliser(power, no_codes, spec.dims)
-            values.update(mean_and_se(f"{prefix}no_codes", constant - no_codes * drawn.no_codes))
+            values.update(mean_and_error(f"{prefix}no_codes", constant - no_codes * drawn.no_codes, NOT_FINITE))
         if spec.kind == "image":
             values[f"{prefix}bits_per_dim"] = bits(values[f"{prefix}iwae"], spec)
         return values

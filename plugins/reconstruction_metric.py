@@ -22,7 +22,7 @@ from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Rows, Spec
 from siv_core.seeding import stream_seed
 from siv_core.use import image_distances
-from siv_core.use.evaluate import labels_of, some
+from siv_core.use.evaluate import labels_of, mean_and_error, some
 
 WHAT = "reconstruction"
 BASELINES = {  # shown in place of the decoder's image
@@ -77,16 +77,8 @@ class Sums:
     def values(self) -> dict[str, float | str]:
         found: dict[str, float | str] = {}
         for name, parts in self.kept.items():
-            each = torch.cat(parts)
-            finite = bool(each.isfinite().all())
-            found[name] = float(each.mean()) if finite else BROKEN
-            found[f"{name}.se"] = BROKEN if not finite else standard_error(each)
+            found |= mean_and_error(name, torch.cat(parts), BROKEN)
         return found
-
-
-def standard_error(each: Tensor) -> float | str:
-    """Of the mean of values [n]: their deviation (n − 1) over √n."""
-    return float(each.std() / len(each) ** 0.5) if len(each) > 1 else "of one image there is none"
 
 
 @frozen

@@ -36,9 +36,7 @@ class ResidualCNNConfig:
         le=65536,
     )
     z_dim: int = option(128, doc="dimensions of z", ge=1, le=65536)
-    norm: str = option(
-        "group", doc="behind each 3 × 3 convolution; batch is the published one", choices=("batch", "group", "none")
-    )
+    norm: str = option("group", doc="behind the convolutions; batch is the published one", choices=("batch", "group", "none"))
     norm_groups: int = option(8, doc="into which norm = group parts the channels", ge=1, le=1024)
     slope: float = option(0.2, doc="of the leaky ReLUs", ge=0, lt=1)
     output: str = option("linear", doc="of the decoder; sigmoid maps onto the data's value range", choices=("linear", "sigmoid"))

@@ -186,7 +186,7 @@ def test_images_that_are_not_finite() -> None:
 def test_one_image_has_no_standard_error_and_a_perfect_baseline_no_ratio() -> None:
     data = Pictures()
     found = measure(data, model_of(data), count=1).values
-    assert found["mse.se"] == "of one image there is none"
+    assert found["mse.se"] == "of one there is none"
     data.index["train"] = data.index["held_out"]
     assert measure(data, model_of(data)).values["mse.ratio"] == "a baseline is already perfect"
 

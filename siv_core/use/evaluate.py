@@ -79,6 +79,15 @@ def _lines(name: str, measured: Measurement) -> list[dict[str, Any]]:
     ]
 
 
+def mean_and_error(name: str, each: Tensor, broken: str) -> dict[str, float | str]:
+    """NAME and NAME.se of values [N]: their mean and its standard error, their deviation (N − 1) over √N. Where one is not finite
+    both are `broken`."""
+    if not each.isfinite().all():
+        return {name: broken, f"{name}.se": broken}
+    error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else "of one there is none"
+    return {name: float(each.mean()), f"{name}.se": error}
+
+
 @frozen
 class TrainEvalGap:
     """How far networks that take statistics of the batch in training are from what they are with those of training: what x
