@@ -109,7 +109,11 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return torch.where(t == 0, a, torch.where(t == 1, b, z))
 
 
-PATHS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"linear": torch.lerp, "spherical": slerp}
+PATHS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": torch.lerp,
+    "spherical": slerp,
+    "styles": torch.lerp,  # between the styles of a decoder that has some
+}
 
 
 def between(a: Codes, b: Codes, t: Tensor, path: str = "linear") -> Codes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from attrs import evolve, frozen
@@ -19,6 +19,7 @@ from siv_core.protocols import Nets, Sources, Spec
 from siv_core.seeding import Streams, stream_seed
 
 BATCH = 256  # images that the networks see at once
+MEAN_OF = 4096  # samples of the prior whose mean style a truncation goes to
 
 
 class Betas(NamedTuple):
@@ -54,6 +55,7 @@ class Model:
     batch_statistics: int = 0  # samples of a batch whose statistics its networks took in training; 0: they took none
     name: str = ""  # which checkpoint and weights these are
     training: bool = False
+    noise: bool = True  # False: decoders that have noise of their own get none, and nothing of what they show is random
     betas: Betas | None = None  # of the objective it was trained with; None where that tells none
 
     @property
@@ -112,28 +114,84 @@ class Model:
         """
         return torch.cat(list(self._decoded(codes, labels, seed)))
 
-    def _decoded(self, codes: Codes, labels: Tensor | None, seed: int) -> Iterator[Tensor]:
-        """`BATCH` images at a time, each batch with noise of its own."""
-        inputs.codes(codes, self.groups, self._dtype)
+    def _decoded(self, codes: Codes, labels: Tensor | None, seed: int, psi: float = 1.0) -> Iterator[Tensor]:
+        """`BATCH` images at a time, each batch with noise of its own; with styles at the share psi of their way from the mean."""
+        n = self._check_codes(codes, labels)
         inputs.count(seed, "seed", 0)
-        n = len(next(iter(codes.values())))
-        inputs.labels(labels, n, self.spec)
-        given = {group: code.to(self.device) for group, code in codes.items()}
-        tree = (given, None if labels is None else labels.to(self.device))
+        tree = self._placed(codes, labels)
+        if psi != 1:
+            yield from self._rendered(self.truncated(self.styles(codes, labels), psi, labels), seed)
+            return
         for number, rows in enumerate(_batches(n)):
             with self._quiet() as nets:
-                noise = self._sources().decoder(rows.stop - rows.start, Streams(seed, number, self.device), "decoder", "model")
-                images = nets.decoder(*rows_of(tree, rows), noise)
+                images = nets.decoder(*rows_of(tree, rows), self._noise(rows, number, seed))
             yield images
+
+    def _check_codes(self, codes: Codes, labels: Tensor | None) -> int:
+        inputs.codes(codes, self.groups, self._dtype)
+        n = len(next(iter(codes.values())))
+        inputs.labels(labels, n, self.spec)
+        return n
+
+    def _placed(self, codes: Codes, labels: Tensor | None) -> tuple[Codes, Tensor | None]:
+        given = {group: code.to(self.device) for group, code in codes.items()}
+        return given, None if labels is None else labels.to(self.device)
+
+    def _noise(self, rows: slice, number: int, seed: int) -> Any:
+        if not self.noise:
+            return None
+        return self._sources().decoder(rows.stop - rows.start, Streams(seed, number, self.device), "decoder", "model")
+
+    # -- of decoders with styles -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_styles(self) -> bool:
+        """Whether its decoder goes by way of styles: see `protocols.Decoder`."""
+        return hasattr(self.decoder, "styles")
+
+    def styles(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
+        """What the decoder's layers are given for codes {group: [N, d]}: [N, layers, d], coarse to fine."""
+        n = self._check_codes(codes, labels)
+        if not self.has_styles:
+            raise UserError("styles: this model's decoder has none")
+        decoder: Any = self.decoder
+        tree = self._placed(codes, labels)
+        with self._quiet():
+            return torch.cat([decoder.styles(*rows_of(tree, rows)) for rows in _batches(n)])
+
+    def render(self, styles: Tensor, seed: int = 0) -> Tensor:
+        """Images of styles [N, layers, d]; `decode` is `render` of `styles`."""
+        return torch.cat(list(self._rendered(styles, seed)))
+
+    def _rendered(self, styles: Tensor, seed: int) -> Iterator[Tensor]:
+        decoder: Any = self.decoder
+        for number, rows in enumerate(_batches(len(styles))):
+            with self._quiet():
+                images = decoder.render(styles[rows].to(self.device), self._noise(rows, number, seed))
+            yield images
+
+    def truncated(self, styles: Tensor, psi: float, labels: Tensor | None = None) -> Tensor:
+        """Styles whose coarse layers are at the share psi of their way from the mean style (Karras et al. 2019, section 3.2),
+        that of 4,096 samples of the prior, of each label where there are some, by the weights as they are."""
+        classes = [None] if labels is None else sorted(set(labels.tolist()))
+        moved = styles.clone()
+        layers = slice(0, self.decoder.truncated_layers)
+        for label in classes:
+            these = slice(None) if label is None else (labels == label).nonzero()[:, 0].to(styles.device)
+            of = None if label is None else torch.full((MEAN_OF,), label)
+            mean = self.styles(*self._prior_codes(MEAN_OF, 0, of, 1.0)).mean(dim=0)
+            moved[these, layers] = torch.lerp(mean[layers], styles[these, layers], psi)
+        return moved
 
     def sample(self, n: int, seed: int = 0, labels: Tensor | None = None, truncation: float = 1.0) -> Tensor:
         """n images of the prior; the same seed gives the same images. A conditional model shows its classes in turn unless
         `labels` are given.
 
-        `truncation`: each code at this share psi (0 … 1) of its way from the mean of its prior, psi · z of a standard normal one:
-        fewer kinds of images, and more usual ones. A `UserError` where a prior offers none.
+        `truncation`: each code at this share psi (0 … 1) of its way from the mean of its prior, psi · z of a standard normal one,
+        or, of a decoder with styles, each style from their mean: fewer kinds of images, and more usual ones. A `UserError` where
+        there are no styles and a prior offers none.
         """
-        return self.decode(*self._prior_codes(n, seed, labels, truncation), seed)
+        return torch.cat(list(self._sampled(n, seed, labels, truncation)))
 
     def sample_classes(self, n: int, seed: int = 0, classes: Sequence[int] | None = None, truncation: float = 1.0) -> Tensor:
         """[K, n, …]: n images of each class (all of them by default), of the same noise in every class: `sample` of one label
@@ -153,7 +211,7 @@ class Model:
         inputs.count(batch, "batch", 1)
         waiting: list[Tensor] = []
         there = 0
-        for images in self._decoded(*self._prior_codes(n, seed, labels, truncation), seed):
+        for images in self._sampled(n, seed, labels, truncation):
             waiting.append(images)
             there += len(images)
             if there >= batch:
@@ -163,6 +221,12 @@ class Model:
                 yield from pieces
         if waiting:
             yield torch.cat(waiting)
+
+    def _sampled(self, n: int, seed: int, labels: Tensor | None, psi: float) -> Iterator[Tensor]:
+        of_codes, of_styles = (1.0, psi) if self.has_styles else (psi, 1.0)
+        inputs.share(psi, "truncation")
+        codes, of = self._prior_codes(n, seed, labels, of_codes)
+        yield from self._decoded(codes, of, seed, of_styles)
 
     def _prior_codes(self, n: int, seed: int, labels: Tensor | None, psi: float) -> tuple[Codes, Tensor | None]:
         inputs.count(n, "n", 0)
@@ -253,19 +317,28 @@ class Model:
         path: str = "linear",
         y_labels: Tensor | None = None,
     ) -> Tensor:
-        """Images [steps, N, …] between the posterior means of x and y, ends included, on straight lines or, with the path
-        "spherical", great circles: see `siv_core.latents.slerp`.
+        """Images [steps, N, …] between the posterior means of x and y, ends included, on straight lines, with the path
+        "spherical" on great circles (see `siv_core.latents.slerp`), or with "styles" on straight lines between what the decoder's
+        layers are given for them.
 
         Of a conditional model `labels` are those of all images. Where y is of other classes `y_labels` are those that it is
         encoded with, and the last images are then no reconstructions of y.
         """
         inputs.count(steps, "steps", 1)
         inputs.choice(path, "path", latents.PATHS)
-        a = latents.means(self.encode(x, labels))
-        b = latents.means(self.encode(y, labels if y_labels is None else y_labels))
+        a = self._end(x, labels, labels, path)
+        b = self._end(y, labels if y_labels is None else y_labels, labels, path)
         inputs.pair(x, y)
         ways = torch.linspace(0, 1, steps, device=self.device)
-        return torch.stack([self.decode(latents.between(a, b, way, path), labels) for way in ways])
+        return torch.stack([self._on(path, latents.between(a, b, way, path), labels) for way in ways])
+
+    def _end(self, x: Tensor, labels: Tensor | None, shown_with: Tensor | None, path: str) -> Codes:
+        """Where a path begins or ends: the posterior means of x or, on the path "styles", the styles of those."""
+        codes = latents.means(self.encode(x, labels))
+        return {path: self.styles(codes, shown_with)} if path == "styles" else codes
+
+    def _on(self, path: str, place: Codes, labels: Tensor | None) -> Tensor:
+        return self.render(place[path]) if path == "styles" else self.decode(place, labels)
 
     def blend(
         self, corners: Sequence[Tensor], steps: int = 7, labels: Sequence[Tensor] | None = None, path: str = "linear"
@@ -282,14 +355,13 @@ class Model:
             if given is not None and len(given) != 4:
                 raise UserError(f"{what}: there are {len(given)}, expected four: top left, top right, bottom left, bottom right")
         of = labels if labels is not None else [None] * 4
-        a, b, c, d = (latents.means(self.encode(x, y)) for x, y in zip(corners, of, strict=True))
+        a, b, c, d = (self._end(x, y, of[0], path) for x, y in zip(corners, of, strict=True))
         for corner in corners[1:]:
             inputs.pair(corners[0], corner)
         ways = torch.linspace(0, 1, steps, device=self.device)
-        rows = [(latents.between(a, c, down, path), latents.between(b, d, down, path)) for down in ways]
-        return torch.stack(
-            [torch.stack([self.decode(latents.between(left, right, way, path), of[0]) for way in ways]) for left, right in rows]
-        )
+        sides = [(latents.between(a, c, down, path), latents.between(b, d, down, path)) for down in ways]
+        places = [latents.between(left, right, way, path) for left, right in sides for way in ways]
+        return torch.stack([self._on(path, place, of[0]) for place in places]).unflatten(0, (steps, steps))
 
     def combine(self, images: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None) -> Tensor:
         """Images whose code of each group is the posterior mean of `images[group]`; all have the same N.

@@ -55,6 +55,11 @@ def lr_factors(module: nn.Module) -> dict[str, float]:
     return found
 
 
+def stage_of(number: int, shape: tuple[int, ...], fade: float, device: torch.device) -> Stage:
+    """The stage of this number when it has faded in so far, in [0, 1]."""
+    return Stage(number, shape, torch.full((), fade, device=device) if fade < 1 else None)
+
+
 def set_stage(modules: Iterable[Any], stage: Stage) -> None:
     """Tell those modules that care which stage it is; of priors, those of the groups."""
     for module in modules:

@@ -50,11 +50,12 @@ class Spec:
 
 
 class Stage(NamedTuple):
-    """What `set_stage` is told whenever a stage is entered: when it begins, after a resume, and when a model is loaded."""
+    """What `set_stage` is told whenever a stage is entered (when it begins, after a resume, when a model is loaded), and once
+    more when what is new has faded in."""
 
     number: int  # counted from 0
     shape: tuple[int, ...]  # of the samples in this stage
-    fade: Tensor  # 0-dim in [0, 1]; the trainer moves it while a stage fades in, then it stays 1
+    fade: Tensor | None = None  # 0-dim in [0, 1), moved by the trainer while the stage fades in; None: nothing fades any more
 
 
 class Batch(NamedTuple):
@@ -109,14 +110,18 @@ class Dataset(Protocol):
 
 
 class Encoder(Protocol):
-    """Optional beside the call, for a decoder as well: `set_stage(stage)`, told at every entry of a stage, and
+    """Optional beside the call, for a decoder as well: `set_stage(stage)`, told what holds from now on (see `Stage`), and
     `begin(stage, batches, encode)`, called once when a stage first begins: see `Prior`; `encode` gives all groups here."""
 
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Posterior: ...
 
 
 class Decoder(Protocol):
-    """Optional: `draw(n, generator, use)` -> noise with n rows for images that are used as one of `USES`."""
+    """Optional: `draw(n, generator, use)` -> noise with n rows for images that are used as one of `USES`.
+
+    `styles(codes, labels=None)` -> [N, S, d] and `render(styles, noise=None)` -> x: a decoder in two parts, which its call goes
+    through. Its models interpolate and truncate there (the first `truncated_layers` of the S) and mix the styles of images.
+    """
 
     def __call__(self, codes: Codes, labels: Tensor | None = None, noise: Any = None) -> Tensor: ...
 

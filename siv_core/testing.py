@@ -8,6 +8,7 @@ Each check raises `AssertionError` with a sentence about what the contract says 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -60,16 +61,35 @@ def example(spec: Spec, n: int = N) -> Tensor:
     return low + (high - low) * torch.rand(n, *spec.shape, generator=torch.Generator().manual_seed(0))
 
 
-def check_network(networks: Networks, spec: Spec) -> None:
+def check_network(networks: Networks, spec: Spec, sizes: Sequence[int] = ()) -> None:
     """Shapes, groups, finite values and gradients, the same result twice, and no call of a global random function.
 
-    `set_stage` and `begin` are called first, in this order, as when training begins.
+    `set_stage` and `begin` are called first, in this order, as when training begins. `sizes`: pixels a side of the stages that a
+    network grows through, each fading in and faded in. Without them such a network, seen at the data's size alone, may leave
+    parameters to other stages; else a gradient reaches every one.
     """
     wrong = next(network_problems(networks), None)
     assert wrong is None, wrong
+    shapes = [(spec.shape[0], size, size) for size in sizes] or [spec.shape]
+    lacking = [
+        f"{player}.{name}" for player, module in _players(networks) for name, p in module.named_parameters() if p.requires_grad
+    ]
+    for number, shape in enumerate(shapes):
+        for fade in (torch.full((), 0.5), None) if number else (None,):
+            reached = _check_stage(networks, attrs.evolve(spec, shape=shape), Stage(number, shape, fade))
+            lacking = [name for name in lacking if name not in reached]
+    grows = all(hasattr(module, "set_stage") for _, module in _players(networks))
+    assert not lacking or (grows and not sizes), f"{lacking[0]}: no gradient reaches it"
+
+
+def _players(networks: Networks) -> tuple[tuple[str, torch.nn.Module], ...]:
+    return ("encoder", networks.encoder), ("decoder", networks.decoder)
+
+
+def _check_stage(networks: Networks, spec: Spec, stage: Stage) -> set[str]:
+    """The same at the shape of a stage: the names of the parameters that a gradient reaches."""
     x, labels = example(spec), torch.arange(N) % (spec.classes or 1) if spec.conditional else None
     state = torch.random.get_rng_state()
-    stage = Stage(0, spec.shape, torch.ones(()))
     set_stage(networks[:2], stage)
     nets = make_nets({"encoder": networks.encoder, "decoder": networks.decoder}, torch.sub)
     for network in networks[:2]:
@@ -88,12 +108,14 @@ def check_network(networks: Networks, spec: Spec) -> None:
     assert torch.equal(y, again), "the same input gave another output: draw noise in `draw`, never in `forward`"
     assert torch.equal(state, torch.random.get_rng_state()), "a global random function was called"
     loss = y.square().sum() + sum(g.mu.square().sum() + g.logvar.square().sum() for g in q.values())
-    for player, module in (("encoder", networks.encoder), ("decoder", networks.decoder)):
+    reached = set()
+    for player, module in _players(networks):
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
         for (name, _), gradient in zip(named, gradients, strict=True):
-            assert gradient is not None, f"{player}.{name}: no gradient reaches it"
-            assert gradient.isfinite().all(), f"{player}.{name}: its gradient is not finite"
+            assert gradient is None or gradient.isfinite().all(), f"{player}.{name}: its gradient is not finite"
+            reached |= {f"{player}.{name}"} if gradient is not None else set()
+    return reached
 
 
 def check_reconstruction(loss: Any, spec: Spec) -> None:
@@ -120,7 +142,7 @@ def check_prior(prior: Any, dim: int, spec: Spec) -> None:
         return Gaussian(flat, flat - 1)
 
     generator = torch.Generator().manual_seed(stream_seed(0, "test"))
-    stage = Stage(0, spec.shape, torch.ones(()))
+    stage = Stage(0, spec.shape)
     set_stage([prior], stage)
     if hasattr(prior, "begin"):
         labels = torch.arange(64) % (spec.classes or 1) if spec.conditional else None

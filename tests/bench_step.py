@@ -100,7 +100,7 @@ def main() -> None:
     last = len(ours.built.recipe.stages) - 1
     active = stage.enter(ours, last)
     bound = theirs.built.recipe.train.logvar_bound
-    numbers, shape = dict(active.objective.coeffs), active.shape
+    numbers, shape = dict(active.objective.coeffs), active.stage.shape
     networks, lr = theirs.built.networks, active.plan.optim[""].lr
     optimisers = [torch.optim.Adam(module.parameters(), lr=lr) for module in (networks.encoder, networks.decoder)]
     times: dict[str, list[float]] = {"siv": [], "naive": []}

@@ -81,7 +81,7 @@ def test_passes_that_move_running_statistics_are_as_documented(catalogue, tmp_pa
     before, carries, pieces = counts(), [{}], None
     from siv_core.seeding import Streams
 
-    batch = t.feed.batch(torch.arange(64), active.shape, torch.contiguous_format)
+    batch = t.feed.batch(torch.arange(64), active.stage.shape, torch.contiguous_format)
     pieces = [(batch, active.objective.draw(64, Streams(0, 0), active.sources))]
     active = evolve(active, objective=evolve(active.objective, phases=whole))
     for phase in active.objective.phases:

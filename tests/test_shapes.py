@@ -40,7 +40,7 @@ def test_each_phase_moves_its_players_alone(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, toys.tree())
     active = stage.enter(t, 0)
     noise = active.objective.draw(64, Streams(0, 0), active.sources)
-    batch = t.feed.batch(torch.arange(64), active.shape, torch.contiguous_format)
+    batch = t.feed.batch(torch.arange(64), active.stage.shape, torch.contiguous_format)
     carries = [{}]
     for phase in active.objective.phases:
         before = {name: toys.weights(t, name) for name in t.players}
@@ -147,7 +147,12 @@ def test_two_stages_with_a_fade(catalogue, tmp_path):
     t = toys.trainer(catalogue, tmp_path, recipe)
     assert t.run() == "finished"
     encoder, decoder = t.built.networks.encoder, t.built.networks.decoder
-    assert [stage.shape for stage in encoder.seen] == [(1, 4, 4), (1, 8, 8)]
+    # told at each entry, and once more when the second has faded in
+    assert [(stage.shape, stage.fade is None) for stage in encoder.seen] == [
+        ((1, 4, 4), True),
+        ((1, 8, 8), False),
+        ((1, 8, 8), True),
+    ]
     assert sorted(set(decoder.fades)) == [0.25, 0.5, 0.75, 1.0]
     assert decoder.fades == sorted(decoder.fades)
     assert t.players["encoder"].optimiser.param_groups[0]["lr"] == 1e-5
@@ -446,7 +451,7 @@ def test_a_growing_network_is_in_the_stage_of_its_checkpoint(catalogue, tmp_path
     (tmp_path / "growing.toml").write_text(GROWING)
     done = session.run(tmp_path / "growing.toml", run_dir=tmp_path / "run", device="cpu")
     assert (tmp_path / "run" / "images" / "preview_00000002.png").exists()  # in the first stage: of 4 × 4
-    for step, shape, fade in ((1, (1, 4, 4), 1.0), (2, (1, 4, 4), 1.0), (3, (1, 8, 8), 0.25), (6, (1, 8, 8), 1.0)):
+    for step, shape, fade in ((1, (1, 4, 4), None), (2, (1, 4, 4), None), (3, (1, 8, 8), 0.25), (6, (1, 8, 8), None)):
         model = done.model(str(step), device="cpu")
         assert model.decoder.stage.shape == model.spec.shape == shape
         assert model.decoder.stage.fade == fade

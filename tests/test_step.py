@@ -25,7 +25,7 @@ def prepared(trainer):
     """The first stage with its batch, noise and phases' parameters."""
     active = stage.enter(trainer, 0)
     n = active.plan.batch
-    batch = trainer.feed.batch(torch.arange(n), active.shape, torch.contiguous_format)
+    batch = trainer.feed.batch(torch.arange(n), active.stage.shape, torch.contiguous_format)
     noise = active.objective.draw(n, Streams(0, 0), active.sources)
     return active, batch, noise, {
         phase.name: [p for name in phase.updates for p in trainer.players[name].parameters] for phase in active.objective.phases

@@ -149,7 +149,7 @@ def test_the_decoders_phase_encodes_the_views_again_where_it_takes_nothing_over(
 def test_what_is_drawn_does_not_depend_on_who_draws_it(catalogue, tmp_path):
     t = two_stages(catalogue, tmp_path, {"content": ["stretch", "flip"], "class": ["same_label"]})
     active = stage.enter(t, 1)
-    x = t.feed.batch(t.order.take(0, 32), active.shape, torch.contiguous_format).x
+    x = t.feed.batch(t.order.take(0, 32), active.stage.shape, torch.contiguous_format).x
 
     def draw(share):
         return t.views.draw(active.plan.views, x[share], 0, 32, share, Streams(0, 3))

@@ -351,10 +351,11 @@ class GrowingDecoder(nn.Module):
     def forward(self, codes: dict[str, torch.Tensor], labels: Any = None, noise: Any = None) -> torch.Tensor:
         x = self.linear(codes["z"]).sigmoid().unflatten(1, (1, 4, 4))
         if self.stage.shape[1] == 8:
+            fade = 1.0 if self.stage.fade is None else self.stage.fade
             if self.training:
-                self.fades.append(self.stage.fade.item())
+                self.fades.append(float(fade))
             x = F.interpolate(x, scale_factor=2.0)
-            x = x + self.stage.fade * self.refine(x)
+            x = x + fade * self.refine(x)
         else:
             x = x + 0 * self.refine(x)
         return x

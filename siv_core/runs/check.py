@@ -108,7 +108,7 @@ def flops(built: Built, number: int) -> int:
     labels = torch.zeros(plan.batch, dtype=torch.int64, device="meta") if built.spec.conditional else None
     batch = Batch(torch.empty(plan.batch, *built.shape(plan), device="meta"), labels)
     noise = {**noise, "views": dict.fromkeys(plan.views, batch.x)}
-    set_stage(modules.values(), Stage(number, built.shape(plan), torch.ones(())))
+    set_stage(modules.values(), Stage(number, built.shape(plan)))
     build.check_forward(built, modules, built.shape(plan), torch.device("meta"))
     nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction)
     coeffs = tensors_of(objective.coeffs, torch.device("meta"))

@@ -11,8 +11,8 @@ from attrs import frozen
 
 from siv_core.errors import UserError
 from siv_core.model import Model
-from siv_core.nets import set_stage
-from siv_core.protocols import Dataset, Stage
+from siv_core.nets import set_stage, stage_of
+from siv_core.protocols import Dataset
 from siv_core.recipe import build, resolved
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe import recipe as recipes
@@ -62,7 +62,7 @@ def model_of(built: Built, saved: Checkpoint, weights: str, device: torch.device
         told = f"{saved.path}: saved in stage {stage['number']}, which this recipe does not have"
         raise UserError([told, *offer(saved.path)])
     plan, modules = built.recipe.stages[stage["number"]], built.place(device)
-    set_stage(modules.values(), Stage(stage["number"], built.shape(plan), torch.tensor(stage["fade"], device=device)))
+    set_stage(modules.values(), stage_of(stage["number"], built.shape(plan), stage["fade"], device))
     return built.model(modules, device, f"{saved.name}, {used} weights", plan)
 
 

@@ -12,7 +12,7 @@ from attrs import define
 from torch import Tensor
 
 from siv_core.errors import PluginError, UserError
-from siv_core.nets import encode_group, make_nets, parts, set_stage, sources
+from siv_core.nets import encode_group, make_nets, parts, set_stage, sources, stage_of
 from siv_core.protocols import Batch, Nets, Objective, Stage
 from siv_core.recipe.build import check_forward
 from siv_core.recipe.options import Optim
@@ -28,21 +28,23 @@ if TYPE_CHECKING:
 class ActiveStage:
     """What holds while a stage lasts."""
 
-    number: int
+    stage: Stage
     plan: StagePlan
     objective: Objective
-    shape: tuple[int, ...]
-    fade: Tensor
     nets: Nets
     coeffs: dict[str, Any]
     sources: Any
-    fading: bool = False
+    told: list[Any]  # the modules that are told the stage
 
     def set_fade(self, fade: float) -> None:
-        """In place: who was given the tensor sees it move."""
-        if fade < 1 or self.fading:
-            self.fade.fill_(fade)
-        self.fading = fade < 1
+        """In place: who was given the tensor sees it move. At 1 all are told that nothing fades any more."""
+        if self.stage.fade is None:
+            return
+        if fade < 1:
+            self.stage.fade.fill_(fade)
+            return
+        self.stage = self.stage._replace(fade=None)
+        set_stage(self.told, self.stage)
 
 
 def enter(trainer: Trainer, number: int) -> ActiveStage:
@@ -58,19 +60,17 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
     shape, objective, train = built.shape(plan), built.objective(plan), built.recipe.train
     modules: dict[str, Any] = {name: player.module for name, player in trainer.players.items()}
     shadows: dict[str, Any] = {follower.key: follower.module for follower in trainer.followers}
-    fade = torch.full((), trainer.schedule.fade(number, trainer.counters.step), device=device)
-    stage = Stage(number, shape, fade)
-    set_stage([*modules.values(), *shadows.values()], stage)
+    stage = stage_of(number, shape, trainer.schedule.fade(number, trainer.counters.step), device)
+    told = [*modules.values(), *shadows.values()]
+    set_stage(told, stage)
     check_forward(built, modules, shape, device)
     if begins:
         begin(trainer, stage, plan.batch)
         find_peers(trainer, plan, shape)
     return ActiveStage(
-        number=number,
+        stage=stage,
         plan=plan,
         objective=objective,
-        shape=shape,
-        fade=fade,
         nets=make_nets(
             {**modules, **shadows},
             built.reconstruction,
@@ -81,6 +81,7 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
         ),
         coeffs=tensors_of(objective.coeffs, device),
         sources=sources(built.networks.groups, built.priors, built.networks.decoder),
+        told=told,
     )
 
 

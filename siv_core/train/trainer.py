@@ -13,8 +13,8 @@ from attrs import define, field
 from siv_core.data.feed import Feed, blend
 from siv_core.errors import Diverged, PluginError, Stopped, UserError
 from siv_core.model import Model
-from siv_core.nets import set_stage
-from siv_core.protocols import Batch, Noise, Phase, Shadow, Stage
+from siv_core.nets import set_stage, stage_of
+from siv_core.protocols import Batch, Noise, Phase, Shadow
 from siv_core.recipe.build import Built
 from siv_core.recipe.convert import Length
 from siv_core.seeding import DataOrder, Streams
@@ -115,7 +115,7 @@ class Trainer:
         while counters.step < total:
             # The stage
             number = self.schedule.next(counters.step)
-            if self.active is None or self.active.number != number:
+            if self.active is None or self.active.stage.number != number:
                 self.active = stage.enter(self, number)
             active = self.active
 
@@ -162,12 +162,13 @@ class Trainer:
     def step(self, active: ActiveStage) -> None:
         """One step: the same batch and noise for every phase, each phase moving its players alone."""
         n, counters = active.plan.batch, self.counters
-        active.set_fade(self.schedule.fade(active.number, counters.step))
+        active.set_fade(self.schedule.fade(active.stage.number, counters.step))
         streams = Streams(self.built.recipe.train.seed, counters.step, self.device)
         share = self.parallel.share(n)
-        batch = self.feed.next(self.order, counters.images_seen, n, share, streams, active.shape, self.layout)  # x [share, …]
-        if active.fading:
-            batch = batch._replace(x=blend(batch.x, active.fade))
+        shape, fade = active.stage.shape, active.stage.fade
+        batch = self.feed.next(self.order, counters.images_seen, n, share, streams, shape, self.layout)  # x [share, …]
+        if fade is not None:
+            batch = batch._replace(x=blend(batch.x, fade))
         noise = active.objective.draw(n, streams, active.sources)  # a tree of tensors [n, …]
         if active.plan.views:
             noise = {**noise, "views": self.views.draw(active.plan.views, batch.x, counters.images_seen, n, share, streams)}
@@ -254,8 +255,7 @@ class Trainer:
         standing = self.standing()
         plan = self.schedule.plans[standing["number"]]
         if self.active is None:  # as after the resume of a run that is trained to its end
-            fade = torch.tensor(standing["fade"], device=self.device)
-            set_stage(modules.values(), Stage(standing["number"], self.built.shape(plan), fade))
+            set_stage(modules.values(), stage_of(**standing, shape=self.built.shape(plan), device=self.device))
         name = f"step_{self.counters.step:08d}, {'ema' if averages else 'raw'} weights"
         return self.built.model(modules, self.device, name, plan)
 
