@@ -288,7 +288,7 @@ class Decoder(nn.Module):
         """Images of styles [N, 2K, d]; without noise nothing is random."""
         k, fade = self.stage
         planes: tuple[Tensor | None, ...] = (noise or {}).get("planes", (None,) * (2 * k + 2))
-        h = self.constant.expand(len(styles), -1, -1, -1)
+        h = self.constant.repeat(len(styles), 1, 1, 1)
         before: Tensor | None = None
         for i, block in enumerate(self.blocks[: k + 1]):
             if i == k and fade is not None:

@@ -70,11 +70,11 @@ def check_network(networks: Networks, spec: Spec, sizes: Sequence[int] = ()) -> 
     """
     wrong = next(network_problems(networks), None)
     assert wrong is None, wrong
-    shapes = [(spec.shape[0], size, size) for size in sizes] or [spec.shape]
+    shapes: list[tuple[int, ...]] = [(spec.shape[0], size, size) for size in sizes]
     lacking = [
         f"{player}.{name}" for player, module in _players(networks) for name, p in module.named_parameters() if p.requires_grad
     ]
-    for number, shape in enumerate(shapes):
+    for number, shape in enumerate(shapes or [spec.shape]):
         for fade in (torch.full((), 0.5), None) if number else (None,):
             reached = _check_stage(networks, attrs.evolve(spec, shape=shape), Stage(number, shape, fade))
             lacking = [name for name in lacking if name not in reached]
