@@ -37,11 +37,12 @@ def test_the_schedule_says_where_a_step_is():
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [("linear", [0.25, 0.5, 0.75, 1.0, 1.0]), ("smooth", [0.15625, 0.5, 0.84375, 1.0, 1.0])],  # t²(3 − 2t)
+    [("linear", [0.25, 0.5, 0.75, 1.0, 1.0]), ("smooth", [0.5 - 0.25 * 2**0.5, 0.5, 0.5 + 0.25 * 2**0.5, 1.0, 1.0])],  # (1 − cos πt)/2
 )
 def test_the_shape_of_a_fade(shape, expected):
     schedule = Schedule.of([plan("3 steps"), plan("8 steps", fade=0.5, fade_shape=shape)], epoch_images=8)
-    assert [schedule.fade(1, step) for step in range(3, 8)] == expected
+    assert [schedule.fade(1, step) for step in range(3, 8)] == pytest.approx(expected, abs=1e-15)
+    assert schedule.fade(1, 6) == schedule.fade(1, 7) == 1.0
     assert schedule.fade(1, 2) == 0.0  # nothing of it was done yet
     assert schedule.fade(0, 0) == 1.0
 

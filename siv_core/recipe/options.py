@@ -79,7 +79,7 @@ class StageOptions:
     length: Length = option(doc="how long this stage lasts")
     fade: float = option(0.0, doc="share of the stage over which what is new fades in", ge=0, le=1)
     fade_shape: str = option(
-        "linear", doc="in images seen: t, or the smooth t²(3 − 2t) that starts and ends at rest", choices=("linear", "smooth")
+        "linear", doc="in images seen: t, or the smooth (1 − cos πt)/2 that starts and ends at rest", choices=("linear", "smooth")
     )
     reset_optimisers: bool = option(False, doc="forget the moments at the start of this stage")
     views: dict[str, tuple[str, ...]] = option(

@@ -47,7 +47,7 @@ class Schedule:
         plan = self.plans[number]
         fade_steps = math.ceil(plan.fade * self.steps(number))
         t = min(1.0, (step - self.first(number) + 1) / fade_steps) if fade_steps else 1.0
-        return t if plan.fade_shape == "linear" else t * t * (3 - 2 * t)
+        return t if plan.fade_shape == "linear" else (1 - math.cos(math.pi * t)) / 2
 
 
 def stage_ends(lengths: Iterable[tuple[Length, int]], epoch_images: int) -> list[int]:

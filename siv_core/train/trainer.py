@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from attrs import define, field
 
+from siv_core.data import pyramid
 from siv_core.data.feed import Feed, blend
 from siv_core.errors import Diverged, PluginError, Stopped, UserError
 from siv_core.model import Model
@@ -75,7 +76,8 @@ class Trainer:
                 "network: its statistics of a batch are no batch norm's and cannot be shared by several processes; use one"
             )
         players = {name: Player.of(name, module.train()) for name, module in built.place(device).items()}
-        rows = built.dataset.rows("train")
+        sides = [built.shape(plan)[-1] for plan in stages if plan.size]
+        rows = pyramid.with_sizes(built.dataset.rows("train"), built.dataset.fingerprint, sides, observer.progress)
         feed = Feed(rows, built.spec, device, train.residency, conditional=train.conditional, flips=train.horizontal_flips)
         rules = [rule for plan in stages for rule in built.objective(plan).shadows]
         if built.recipe.shadow:
