@@ -101,7 +101,7 @@ def draw_quickly() -> None:
 
     from siv_core.use import pictures
 
-    pictures.curves = lambda path, lines: pictures.save_png(path, np.full((len(lines), 8, 3), 255, np.uint8))
+    pictures.curves = lambda path, lines, stages: pictures.save_png(path, np.full((len(lines), 8, 3), 255, np.uint8))
 
 
 def evaluate(run_dir: str) -> None:

@@ -158,6 +158,19 @@ def test_curves_are_a_picture(tmp_path, lines):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
 
 
+def test_new_stages_are_marked_in_curves(tmp_path):
+    lines = [line(64 * i, rec_real=3.0, kl_real=1.0, loss=1.0, gradient_norm=2.0) for i in range(1, 9)]
+    shown = []
+    for name, stages in (("none", ()), ("one", (512,)), ("three", (128, 256, 512))):
+        pictures.curves(tmp_path / f"{name}.png", lines, stages)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            shown.append(np.asarray(picture.convert("L")).astype(int))
+    none, one, three = shown
+    assert np.array_equal(none, one)  # the end of the last one is the end
+    columns = (none != three).sum(axis=0)
+    assert (columns > 100).sum() >= 4  # two dotted lines in each of two columns of panels
+
+
 # -- pictures of a model ---------------------------------------------------------------------------------------------------------
 
 

@@ -33,11 +33,15 @@ def test_the_schedule_says_where_a_step_is():
     assert [schedule.next(step) for step in range(7)] == [0, 0, 1, 1, 1, 2, 2]
     assert [schedule.made(step) for step in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert [(schedule.first(i), schedule.steps(i)) for i in range(3)] == [(0, 2), (2, 3), (5, 2)]
+    assert schedule.images() == [16, 40, 56]
 
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [("linear", [0.25, 0.5, 0.75, 1.0, 1.0]), ("smooth", [0.5 - 0.25 * 2**0.5, 0.5, 0.5 + 0.25 * 2**0.5, 1.0, 1.0])],  # (1 − cos πt)/2
+    [
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0]),
+        ("smooth", [0.5 - 0.25 * 2**0.5, 0.5, 0.5 + 0.25 * 2**0.5, 1.0, 1.0]),
+    ],  # (1 − cos πt)/2
 )
 def test_the_shape_of_a_fade(shape, expected):
     schedule = Schedule.of([plan("3 steps"), plan("8 steps", fade=0.5, fade_shape=shape)], epoch_images=8)
@@ -45,6 +49,24 @@ def test_the_shape_of_a_fade(shape, expected):
     assert schedule.fade(1, 6) == schedule.fade(1, 7) == 1.0
     assert schedule.fade(1, 2) == 0.0  # nothing of it was done yet
     assert schedule.fade(0, 0) == 1.0
+
+
+def test_every_stage_is_said_and_leaves_a_picture_at_its_own_size(catalogue, tmp_path):
+    stages = [
+        {"length": "2 steps", "data": {"size": 4}, "objective": {"name": "vae"}},
+        {"length": "4 steps", "fade": 0.5, "train": {"batch": 8}},
+    ]
+    train = {"batch": 64, "tick": "1 steps", "preview": "1000 steps"}
+    t = toys.trainer(catalogue, tmp_path, toys.tree(network={"name": "growing"}, stages=stages, train=train))
+    told: list[str] = []
+    t.observer.say = told.append
+    drawn: list[tuple[str, tuple[int, ...]]] = []
+    assert t.run(preview=lambda name: drawn.append((name, t.model().spec.shape))) == "finished"
+    assert told == [
+        "stage 1 of 2: vae, 4 × 4 pixels, batch 64, steps 1 to 2",
+        "stage 2 of 2: soft_intro_vae, 8 × 8 pixels, batch 8, steps 3 to 6, fading in over 50% of it",
+    ]
+    assert drawn == [("preview_00000001", (1, 4, 4)), ("preview_00000002", (1, 4, 4))]
 
 
 # -- begin -----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +197,11 @@ length = "6 steps"
 fade = 0.8
 fade_shape = "smooth"
 """
-RECIPES = {"hand_over": HAND_OVER, "growing": GROWING}
+STYLE = GROWING.replace(
+    'name = "growing"',
+    'name = "style"\nstart_channels = 4\nmax_channels = 8\nz_dim = 6\nencoder_mapping = 2\ndecoder_mapping = 2',
+)
+RECIPES = {"hand_over": HAND_OVER, "growing": GROWING, "style": STYLE}
 
 
 @pytest.mark.parametrize("name", RECIPES)

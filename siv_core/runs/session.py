@@ -239,7 +239,7 @@ def _train(trainer: Trainer, request: Request, watcher: Watcher) -> str:
 def finish(trainer: Trainer, watcher: Watcher) -> None:
     """Curves, pictures and the recipe's metrics of the state at the end of training, whose checkpoint is saved."""
     built, run_dir, model, metrics = trainer.built, trainer.rundir, trainer.model("auto"), trainer.built.metrics()
-    pictures.curves(run_dir.images / "curves.png", run_dir.read("stats"))
+    pictures.curves(run_dir.images / "curves.png", run_dir.read("stats"), trainer.schedule.images())
     watcher.wrote(run_dir.images / "curves.png")
     seed, about = built.recipe.train.seed, record.measured_as(built, model, "run", trainer.counters.step)
     for picture in evaluate.final_pictures(model, built.dataset, metrics, run_dir.images, seed, run_dir.log):

@@ -34,6 +34,10 @@ class Schedule:
     def steps(self, number: int) -> int:
         return self.ends[number] - self.first(number)
 
+    def images(self) -> list[int]:
+        """The images that have been seen when each stage is over."""
+        return list(accumulate(self.steps(number) * plan.batch for number, plan in enumerate(self.plans)))
+
     def next(self, step: int) -> int:
         """The stage in which the next step is taken, after `step` < total."""
         return next(i for i, end in enumerate(self.ends) if step < end)

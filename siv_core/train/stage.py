@@ -64,6 +64,8 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
     told = [*modules.values(), *shadows.values()]
     set_stage(told, stage)
     check_forward(built, modules, shape, device)
+    if len(trainer.schedule.plans) > 1:
+        trainer.observer.say(said(trainer, number, shape))
     if begins:
         begin(trainer, stage, plan.batch)
         find_peers(trainer, plan, shape)
@@ -83,6 +85,15 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
         sources=sources(built.networks.groups, built.priors, built.networks.decoder),
         told=told,
     )
+
+
+def said(trainer: Trainer, number: int, shape: tuple[int, ...]) -> str:
+    """What a person is told of a stage that is entered."""
+    plan, schedule = trainer.schedule.plans[number], trainer.schedule
+    size = f", {shape[1]} × {shape[2]} pixels" if len(shape) == 3 else ""
+    fading = f", fading in over {plan.fade:.0%} of it" if plan.fade else ""
+    steps = f"steps {schedule.first(number) + 1:,} to {schedule.ends[number]:,}"
+    return f"stage {number + 1} of {len(schedule.plans)}: {plan.objective.name}{size}, batch {plan.batch}, {steps}{fading}"
 
 
 def begin(trainer: Trainer, stage: Stage, batch: int) -> None:

@@ -131,7 +131,7 @@ class Trainer:
             if ended or self.due(train.tick, active):
                 self.tick(started)
             early = counters.step in (max(1, total // 100), max(1, total // 20))
-            if self.due(train.preview, active) or early:
+            if self.due(train.preview, active) or early or (ended and counters.step < total):
                 preview(f"preview_{counters.step:08d}")
             names = [name for name, every in cadences.items() if self.due(every, active) and counters.step < total]
             if names:

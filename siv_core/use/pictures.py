@@ -113,8 +113,9 @@ def save_png(path: Path, picture: Picture) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Losses, KLs and reconstructions of a run over images seen, from the lines of stats.jsonl."""
+def curves(path: Path, lines: Sequence[dict[str, Any]], stages: Sequence[int] = ()) -> None:
+    """Losses, KLs and reconstructions of a run over images seen, from the lines of stats.jsonl; `stages`: the images that had
+    been seen when each one was over."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -137,8 +138,10 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
             name = label.split(": ")[1]
             if name.startswith(part) and "." not in name:
                 axes.plot(xs, ys, label=label, linewidth=1, marker="." if len(xs) < 3 else None)
+        for end in stages[:-1]:
+            axes.axvline(end, color="0.6", linewidth=0.8, linestyle=":")
         axes.set_title(title)
-        axes.set_xlabel("images seen")
+        axes.set_xlabel("images seen (dotted: a new stage)" if len(stages) > 1 else "images seen")
         if part != "loss" and any(min(ys) > 0 for label, (_, ys) in series.items() if label.split(": ")[1].startswith(part)):
             axes.set_yscale("log")
             low, high = axes.get_ylim()
