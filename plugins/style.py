@@ -255,9 +255,14 @@ class Decoder(nn.Module):
     def lr_factors(self) -> dict[str, float]:
         return equalised(self)
 
+    @property
+    def layers_in_use(self) -> int:
+        """Of the 2K, at the size of the present stage."""
+        return 2 * (self.stage.level + 1)
+
     def draw(self, n: int, generator: Generator, use: str) -> dict[str, Any]:
         """Planes of noise for each layer; for training's samples of the prior another z, and the layer from which it holds."""
-        device, layers = generator.device, 2 * (self.stage.level + 1)
+        device, layers = generator.device, self.layers_in_use
         drawn: dict[str, Any] = {}
         if self.noisy:
             sides = [COARSEST << (layer // 2) for layer in range(layers)]

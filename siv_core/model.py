@@ -68,6 +68,12 @@ class Model:
         modules = {"encoder": self.encoder, "decoder": self.decoder, "prior": self.priors}
         return make_nets(modules, self.reconstruction or torch.sub, self.logvar_bound)
 
+    def without_noise(self) -> Model:
+        """The same model with a decoder that gets no noise of its own: nothing of what it shows is random."""
+        if not hasattr(self.decoder, "draw"):
+            raise UserError("--no-noise: this model's decoder has none of its own; leave it out")
+        return evolve(self, noise=False)
+
     def in_training_mode(self) -> Model:
         """Copies of its networks that take the statistics of the batch they see, at most `BATCH` images, as in training."""
         copies = copy.deepcopy(self.encoder), copy.deepcopy(self.decoder), copy.deepcopy(self.priors)
@@ -159,6 +165,10 @@ class Model:
         with self._quiet():
             return torch.cat([decoder.styles(*rows_of(tree, rows)) for rows in _batches(n)])
 
+    def sample_styles(self, n: int, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+        """Styles [n, layers, d] of the images of `sample`."""
+        return self.styles(*self._prior_codes(n, seed, labels, 1.0))
+
     def render(self, styles: Tensor, seed: int = 0) -> Tensor:
         """Images of styles [N, layers, d]; `decode` is `render` of `styles`."""
         return torch.cat(list(self._rendered(styles, seed)))
@@ -179,7 +189,7 @@ class Model:
         for label in classes:
             these = slice(None) if label is None else (labels == label).nonzero()[:, 0].to(styles.device)
             of = None if label is None else torch.full((MEAN_OF,), label)
-            mean = self.styles(*self._prior_codes(MEAN_OF, 0, of, 1.0)).mean(dim=0)
+            mean = self.sample_styles(MEAN_OF, 0, of).mean(dim=0)
             moved[these, layers] = torch.lerp(mean[layers], styles[these, layers], psi)
         return moved
 

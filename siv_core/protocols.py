@@ -120,7 +120,8 @@ class Decoder(Protocol):
     """Optional: `draw(n, generator, use)` -> noise with n rows for images that are used as one of `USES`.
 
     `styles(codes, labels=None)` -> [N, S, d] and `render(styles, noise=None)` -> x: a decoder in two parts, which its call goes
-    through. Its models interpolate and truncate there (the first `truncated_layers` of the S) and mix the styles of images.
+    through. Its models interpolate there, truncate the first `truncated_layers` of the S, and mix those of images, of which
+    `layers_in_use` are seen at the present size.
     """
 
     def __call__(self, codes: Codes, labels: Tensor | None = None, noise: Any = None) -> Tensor: ...

@@ -171,6 +171,23 @@ def test_new_stages_are_marked_in_curves(tmp_path):
     assert (columns > 100).sum() >= 4  # two dotted lines in each of two columns of panels
 
 
+def test_a_collage_has_one_pair_four_halves_and_sixteen_quarters():
+    n = 25  # a column of 21, and four of the next
+    above = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    below = above + 100
+    sheet = pictures.collage(above, below)
+    assert sheet.shape == (3 * 8 + 2 * 8, 2 * 16 + 8, 3)
+    assert (sheet[:8, :8] == 0).all()
+    assert (sheet[:8, 8:16] == 100).all()
+    halves = [sheet[16 + y : 20 + y, x : x + 4, 0] for y in (0, 4) for x in (0, 8)]
+    assert [np.unique(half).tolist() for half in halves] == [[1], [2], [3], [4]]
+    assert (sheet[16:20, 4:8] == 101).all()
+    assert (sheet[38:40, 14:16] == 120).all()  # the last quarter's second half
+    assert (sheet[:8, 24:32] == 21).all()
+    assert (sheet[20:24, 32:] == 255).all()  # there are no more
+    assert pictures.collage(above[:1, :6, :6], below[:1, :6, :6]).shape == (2 * 6 + 8, 12, 3)  # 6 is halved once
+
+
 # -- pictures of a model ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import toys
 from attrs import evolve
+from PIL import Image
+from safetensors.torch import load_file
 from siv_plugins import style
 from siv_plugins.style import Convolution, Linear, StyleConfig
 from torch import nn
@@ -20,6 +24,7 @@ from siv_core.testing import build_seeded, check_network
 from siv_core.train import stage as stages
 from siv_core.train.players import Player
 from siv_core.train.step import play
+from siv_core.use import mixing
 
 SMALL = StyleConfig(start_channels=4, max_channels=8, z_dim=6, encoder_mapping=2, decoder_mapping=3)
 SPEC = Spec((3, 16, 16))
@@ -443,6 +448,122 @@ def test_straight_ways_between_styles():
     torch.testing.assert_close(shown[1], m.render((ends[0] + ends[1]) / 2))
     torch.testing.assert_close(m.blend([x, y, u, v], 3, path="styles")[1, 1], m.render(sum(ends) / 4))
     assert not torch.allclose(shown[1], m.interpolate(x, y, 3)[1])
+
+
+# -- mixing ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixing_has_the_styles_of_the_left_in_its_layers_and_of_the_top_in_the_others():
+    m = evolve(model(), noise=False)
+    top, left = m.sample_styles(4, seed=1), m.sample_styles(2, seed=2)
+    cells = mixing.mixed(m, top, left, [range(4), range(4, 6), range(6)], seed=0)
+    assert cells.shape == (3, 2, 4, 3, 16, 16)
+    for row in range(2):
+        for column in range(4):
+            parts = left[row : row + 1], top[column : column + 1]
+            coarse = m.render(torch.cat([parts[0][:, :4], parts[1][:, 4:]], dim=1))[0]
+            middle = m.render(torch.cat([parts[1][:, :4], parts[0][:, 4:]], dim=1))[0]
+            torch.testing.assert_close(cells[0, row, column], coarse)
+            torch.testing.assert_close(cells[1, row, column], middle)
+            torch.testing.assert_close(cells[2, row, column], m.render(left)[row])
+
+
+def test_named_layers_are_those_in_use():
+    assert mixing.named(14) == {"coarse": range(4), "middle": range(4, 8), "fine": range(8, 14)}
+    assert mixing.named(6) == {"coarse": range(4), "middle": range(4, 6)}
+    assert mixing.parsed("fine", 14) == range(8, 14)
+    assert mixing.parsed("3", 6) == range(3, 4)
+    assert mixing.parsed("0-5", 6) == range(6)
+    m = model()
+    m.decoder.set_stage(Stage(0, (3, 8, 8)))
+    assert mixing.layers(m) == 4
+
+
+@pytest.mark.parametrize("text", ["fine", "6", "3-6", "4-2", "-1", "1-", "", "all", "1,2"])
+def test_layers_that_there_are_not(text):
+    with pytest.raises(UserError, match="this model has 6 layers: expected coarse, middle or layers 0 to 5 such as 0-3"):
+        mixing.parsed(text, 6)
+
+
+def test_styles_of_a_decoder_that_has_none(catalogue, tmp_path):
+    m = toys.trainer(catalogue, tmp_path, toys.tree()).model()
+    with pytest.raises(UserError, match="has no styles to mix"):
+        mixing.layers(m)
+    with pytest.raises(UserError, match="decoder has none"):
+        m.styles({"z": torch.zeros(2, 3)})
+    with pytest.raises(UserError, match="decoder has none of its own"):
+        m.without_noise()
+
+
+@pytest.fixture(scope="module")
+def run(siv_in, tmp_path_factory):
+    """A style network that has grown from 4 to 8 pixels."""
+    folder = tmp_path_factory.mktemp("style")
+    network = "name = 'style'\nstart_channels = 4\nmax_channels = 8\nz_dim = 6\nencoder_mapping = 2\ndecoder_mapping = 2\n"
+    (folder / "recipe.toml").write_text(
+        f"format = 1\n[data]\nname = 'digits'\n[network]\n{network}[objective]\nname = 'soft_intro_vae'\n[shadow]\n[train]\n"
+        "batch = 8\ntick = '2 steps'\n[[stages]]\nlength = '2 steps'\ndata = {size = 4}\n"
+        "[[stages]]\nlength = '4 steps'\nfade = 0.5\n"
+    )
+    done = siv_in(folder, "run", "recipe.toml", "--run-dir", "run", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_the_pictures_of_a_run(run):
+    there = {path.name for path in (run / "images").glob("*.png")}
+    assert {"samples.png", "reconstructions.png", "style_mixing.png", "curves.png", "preview_00000002.png"} <= there
+
+
+def test_what_a_run_is_put_to(siv_in, run):
+    def arrays(*words):
+        done = siv_in(run.parent, *words, "--json", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        path = next(Path(path) for path in told["files"] if path.endswith(".safetensors"))
+        assert any(path.endswith(".png") for path in told["files"])
+        return load_file(run.parent / path), told
+
+    plain, _ = arrays("sample", "run", "-n", "4")
+    moved, _ = arrays("sample", "run", "-n", "4", "--truncation", "0.5")
+    assert not torch.equal(plain["samples"], moved["samples"])
+    mixed, told = arrays("sample", "run", "--mix", "coarse", "--mix", "0", "-n", "5", "--no-noise")
+    assert mixed["cells"].shape == (2, 3, 5, 1, 8, 8)
+    assert told["notes"] == ["top: samples of the prior", "left: samples of the prior"]
+    torch.testing.assert_close(mixed["cells"][0], mixed["left"][:, None].expand(-1, 5, -1, -1, -1))  # all four layers in use
+    square, _ = arrays("interpolate", "run", "--corners", "--path", "styles", "--steps", "3")
+    assert square["images"].shape == (3, 3, 1, 8, 8)
+    pairs, _ = arrays("reconstruct", "run", "--collage", "--no-noise")
+    again, _ = arrays("reconstruct", "run", "--no-noise")
+    assert torch.equal(pairs["y"], again["y"])
+
+
+def test_pictures_of_ones_own_are_mixed(siv_in, run):
+    for name, value in (("a", 10), ("b", 200)):
+        Image.new("L", (8, 8), value).save(run.parent / f"{name}.png")
+    done = siv_in(
+        run.parent, "sample", "run", "--mix", "0-1", "--take", "left=a.png,b.png", "-n", "3", "--json", "--device", "cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    made = load_file(run.parent / next(path for path in told["files"] if path.endswith(".safetensors")))
+    assert made["left"].flatten(1).mean(dim=1).tolist() == pytest.approx([10 / 255, 200 / 255])
+    assert made["cells"].shape == (1, 2, 3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--mix", "fine"], "this model has 4 layers: expected coarse or layers 0 to 3"),
+        (["--mix", "coarse", "--take", "right=a.png"], "--take right: expected top or left"),
+        (["--take", "top=a.png"], "--take goes with --mix"),
+        (["--mix", "coarse", "--truncation", "0.5"], "--mix draws a matrix of its own"),
+    ],
+)
+def test_what_cannot_be_mixed(siv_in, run, words, told):
+    done = siv_in(run.parent, "sample", "run", *words, "--device", "cpu")
+    assert done.returncode == 2
+    assert told in done.stderr
 
 
 # -- what does not fit -----------------------------------------------------------------------------------------------------------

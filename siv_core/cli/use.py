@@ -32,6 +32,7 @@ FOLDER = options(click.option("--out", type=PATH, help="Folder for the results; 
 OUT = options(
     click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of what is drawn or chosen."), FOLDER
 )
+NOISE = click.option("--noise/--no-noise", default=True, help="Of decoders that have some of their own; default: yes.")
 OWN_LABELS = click.option(
     "--labels", metavar="3|0,1,…", help="Of a conditional model: the class of your pictures, one for all or one for each."
 )
@@ -70,18 +71,35 @@ def evaluate(as_json: bool, **which: Any) -> None:
     show_default=True,
     type=click.FloatRange(0, 1),
     metavar="PSI",
-    help="Codes at this share of their way from the prior's mean.",
+    help="Codes, or a decoder's styles, at this share of their way from their mean.",
 )
+@click.option(
+    "--mix",
+    multiple=True,
+    metavar="LAYERS",
+    help="Of a decoder with styles: images with the styles of others in coarse, middle or fine layers, or in 0-3.",
+)
+@click.option("--take", multiple=True, metavar="top=FILES|left=FILES", help="With --mix: pictures of yours; a folder works.")
+@NOISE
 @click.option("--arrays/--no-arrays", default=True, help="Beside the picture the samples as safetensors; default: yes.")
 @OUT
 def sample(count: int | None, seed: int, out: Path | None, as_json: bool, **given: Any) -> None:
     """Draw samples from the prior of RUN: a picture and an array."""
+    how = {name: given.pop(name) for name in ("labels", "truncation", "arrays")}
+    mix, take = given.pop("mix"), given.pop("take")
+    if take and not mix:
+        raise click.UsageError("--take goes with --mix")
+    if mix and (how["labels"] is not None or how["truncation"] != 1 or not how["arrays"]):
+        raise click.UsageError("--mix draws a matrix of its own: leave out --labels, --truncation and --no-arrays")
     watcher = screen(as_json, at_once=True)
     from siv_core.runs import opened
-    from siv_core.use import apply
+    from siv_core.use import apply, mixing
 
-    how = {name: given.pop(name) for name in ("labels", "truncation", "arrays")}
     one = opened.open_run(**given)
+    if mix:
+        own = apply.taken(take, one.model, ("top", "left"))
+        told(watcher, mixing.mix(one.model, out or one.run_dir.path / "outputs", mix, own, count or 8, seed), as_json)
+        return
     data, note = (None, None) if one.model.spec.kind == "image" else opened.data_to_draw(one)
     folder = out or one.run_dir.path / "outputs"
     told(watcher, apply.sample(one.model, folder, count, seed, one.built.metrics(), data, note, **how), as_json)
@@ -91,8 +109,18 @@ def sample(count: int | None, seed: int, out: Path | None, as_json: bool, **give
 @MODEL
 @click.argument("images", type=PATH, nargs=-1)
 @OWN_LABELS
+@click.option("--collage", is_flag=True, help="A picture of pairs at several sizes.")
+@NOISE
 @OUT
-def reconstruct(images: tuple[Path, ...], labels: str | None, seed: int, out: Path | None, as_json: bool, **which: Any) -> None:
+def reconstruct(
+    images: tuple[Path, ...],
+    labels: str | None,
+    collage: bool,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    **which: Any,
+) -> None:
     """Reconstruct IMAGES (held-out ones without arguments) with RUN: a picture and arrays."""
     watcher = screen(as_json, at_once=True)
     from siv_core.runs import opened
@@ -101,7 +129,7 @@ def reconstruct(images: tuple[Path, ...], labels: str | None, seed: int, out: Pa
     one = opened.open_run(**which)
     about = "" if images else opened.need_data(one, watcher.progress)
     folder = out or one.run_dir.path / "outputs"
-    told(watcher, apply.reconstruct(one.model, one.built.dataset, folder, images, seed, about, labels), as_json)
+    told(watcher, apply.reconstruct(one.model, one.built.dataset, folder, images, seed, about, labels, collage=collage), as_json)
 
 
 @click.command()
@@ -112,14 +140,15 @@ def reconstruct(images: tuple[Path, ...], labels: str | None, seed: int, out: Pa
 )
 @click.option(
     "--path",
-    type=click.Choice(["linear", "spherical"]),
+    type=click.Choice(["linear", "spherical", "styles"]),
     default="linear",
     show_default=True,
-    help="Straight lines between the codes, or great circles.",
+    help="Straight lines between the codes, great circles, or straight lines between a decoder's styles.",
 )
 @click.option("--corners", is_flag=True, help="Four held-out images as the corners of a square.")
 @click.option("-n", "--number", "count", type=click.IntRange(1), help="Held-out pairs; default: 4.")
 @OWN_LABELS
+@NOISE
 @OUT
 def interpolate(
     images: tuple[Path, ...], corners: bool, count: int | None, seed: int, out: Path | None, as_json: bool, **given: Any
@@ -183,9 +212,10 @@ def translate(take: tuple[str, ...], count: int, seed: int, out: Path | None, as
     watcher = screen(as_json, at_once=True)
     from siv_core.runs import opened
     from siv_core.use import apply
+    from siv_core.use import evaluate as evaluation
 
     one = opened.open_run(**which)
-    given = apply.taken(take, one.model)
+    given = apply.taken(take, one.model, evaluation.translated_groups(one.model))
     about = "" if len(given) == 2 else opened.need_data(one, watcher.progress)
     folder = out or one.run_dir.path / "outputs"
     told(watcher, apply.translate(one.model, one.built.dataset, folder, given, count, seed, about), as_json)

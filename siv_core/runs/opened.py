@@ -42,8 +42,11 @@ class Opened:
     step: int
 
 
-def open_run(run: str | Path, checkpoint: str, weights: str, device: str, sets: Sequence[str] = ()) -> Opened:
-    """As `load`, with what belongs to the model. `sets` may say where the data lie now, and what to measure."""
+def open_run(
+    run: str | Path, checkpoint: str, weights: str, device: str, sets: Sequence[str] = (), *, noise: bool = True
+) -> Opened:
+    """As `load`, with what belongs to the model. `sets` may say where the data lie now, and what to measure; without `noise` a
+    decoder that has some of its own gets none."""
     run_dir = RunDir.existing(files.expanded(run))
     manifest, catalogue = run_dir.manifest(), catalogues.load()
     recipe = resolved.load(run_dir.path / "resolved.json", run_dir.resolved(), manifest, catalogue, sets)
@@ -51,7 +54,7 @@ def open_run(run: str | Path, checkpoint: str, weights: str, device: str, sets: 
     saved = Checkpoint.open(path_of(run_dir.checkpoints, checkpoint))
     model = model_of(built, saved, weights, pick_device(device))
     record.same_recipe(run_dir, saved)
-    return Opened(built, model, run_dir, saved.step)
+    return Opened(built, model if noise else model.without_noise(), run_dir, saved.step)
 
 
 def model_of(built: Built, saved: Checkpoint, weights: str, device: torch.device) -> Model:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from siv_core.data import feed
@@ -20,13 +18,11 @@ from siv_core.errors import UserError, near_miss
 from siv_core.model import BATCH, Model
 from siv_core.protocols import Batch, Dataset, Metric, Progress
 from siv_core.seeding import Streams
-from siv_core.store import files
-from siv_core.use import evaluate, own_pictures, pictures
+from siv_core.use import evaluate, outputs, own_pictures, pictures
 from siv_core.use.pictures import Picture
 
 SAMPLES = 64  # unless a number is given
 EACH = "each"  # --labels of a grid with every class
-Draw = Callable[[], Picture | None]
 
 
 def sample(
@@ -60,7 +56,7 @@ def sample(
     if not arrays and draw is None:
         raise UserError(["--no-arrays: there would be nothing to write; leave it out", *notes])
     made = {"samples": x} if of is None else {"samples": x, "labels": of}
-    return _write(folder, "samples", model, made if arrays else {}, draw, notes, {"seed": seed, "truncation": truncation})
+    return outputs.write(folder, "samples", model, made if arrays else {}, draw, notes, {"seed": seed, "truncation": truncation})
 
 
 def _drawn(model: Model, count: int | None, seed: int, labels: str | None, psi: float) -> tuple[Tensor, Tensor | None, int]:
@@ -74,7 +70,7 @@ def _drawn(model: Model, count: int | None, seed: int, labels: str | None, psi: 
     return model.sample(n, seed, of, psi), of, 0
 
 
-def _picture_of_samples(model: Model, x: Tensor, labels: Tensor | None, columns: int) -> Draw | None:
+def _picture_of_samples(model: Model, x: Tensor, labels: Tensor | None, columns: int) -> outputs.Draw | None:
     """All samples: as a square, or class by class where there are several; None of data that is no image."""
     if model.spec.kind != "image":
         return None
@@ -129,21 +125,34 @@ def own_labels(text: str | None, n: int, model: Model) -> Tensor | None:
 
 
 def reconstruct(
-    model: Model, data: Dataset, folder: Path, paths: Sequence[Path], seed: int, about: str, labels: str | None = None
+    model: Model,
+    data: Dataset,
+    folder: Path,
+    paths: Sequence[Path],
+    seed: int,
+    about: str,
+    labels: str | None = None,
+    *,
+    collage: bool = False,
 ) -> dict[str, Any]:
     """Reconstructions of the user's pictures, which `labels` are of, or, without any, of held-out images of `data`, which `about`
-    tells of."""
+    tells of; as a `collage` of several sizes."""
     if paths:
         x, of, notes = own(paths, model, labels)
     else:
         _only_with_files(labels)
         x, of = evaluate.held_out(data, model, 4 * evaluate.SHOWN, seed)
         notes = [f"held-out {'images' if model.spec.kind == 'image' else 'samples'} of {about}"]
-    arrays = {"x": x, "y": model.reconstruct(x, of)}
-    if of is not None:
-        arrays["labels"] = of
-    draw = (lambda: evaluate.reconstructions(model, x, of)) if model.spec.kind == "image" else None
-    return _write(folder, "reconstructions", model, arrays, draw, notes)
+    y = model.reconstruct(x, of)
+    arrays = {"x": x, "y": y} | ({} if of is None else {"labels": of})
+    shown = partial(_collage, model, x, y) if collage else partial(evaluate.reconstructions, model, x, of)
+    draw = shown if model.spec.kind == "image" else None
+    return outputs.write(folder, "reconstructions", model, arrays, draw, notes)
+
+
+def _collage(model: Model, x: Tensor, y: Tensor) -> Picture:
+    above, below = (pictures.to_uint8(side, model.spec.value_range) for side in (x, y))
+    return pictures.collage(above, below)
 
 
 def _only_with_files(labels: str | None) -> None:
@@ -193,7 +202,7 @@ def interpolate(
     arrays = {"corners": ends[0]} if size == 4 else {"ends": ends}
     arrays |= {"images": images} | ({} if of is None else {"labels": of[0] if size == 4 else of})
     draw = (lambda: _between(model, x, images, size)) if model.spec.kind == "image" else None
-    return _write(folder, "interpolations", model, arrays, draw, notes, {"steps": steps, "path": path, "seed": seed})
+    return outputs.write(folder, "interpolations", model, arrays, draw, notes, {"steps": steps, "path": path, "seed": seed})
 
 
 def _between(model: Model, ends: Tensor, images: Tensor, size: int) -> Picture:
@@ -229,15 +238,15 @@ def _held_out_sets(
     return feed.images(rows, chosen, model.spec), evaluate.labels_of(rows, chosen, model), notes
 
 
-def taken(take: Sequence[str], model: Model) -> dict[str, tuple[Tensor, list[str]]]:
+def taken(take: Sequence[str], model: Model, groups: Sequence[str]) -> dict[str, tuple[Tensor, list[str]]]:
     """{group: pictures and what was done to them} from `GROUP=FILE,FILE` of the command line."""
-    groups, given = evaluate.translated_groups(model), dict[str, list[Path]]()
+    given = dict[str, list[Path]]()
     for text in take:
         group, sign, listed = text.partition("=")
         if not sign or not listed:
-            raise UserError(f"--take {text}: expected GROUP=FILES, such as class=a.png,b.png")
+            raise UserError(f"--take {text}: expected GROUP=FILES, such as {groups[0]}=a.png,b.png")
         if group not in groups:
-            raise UserError(f"--take {group}: no such group{near_miss(group, groups)}")
+            raise UserError(f"--take {group}: expected {' or '.join(groups)}{near_miss(group, groups)}")
         given.setdefault(group, []).extend(own_pictures.listed(listed))
     return {group: own_pictures.own_images(paths, model) for group, paths in given.items()}
 
@@ -266,7 +275,7 @@ def translate(
             notes.append(f"{group}: {len(sides[-1].x)} held-out images of {about}")
     made = evaluate.translation(model, *sides)
     arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0].x), -1))}
-    return _write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)
+    return outputs.write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)
 
 
 # -- latents of a whole set ------------------------------------------------------------------------------------------------------
@@ -337,37 +346,4 @@ def _encoded(
         statistics = {"mean": mu.mean(dim=0), "sd": spread.sqrt(), "sd_of_z": (spread + variance).sqrt()}
         groups[group] = {"dims": dim, **{key: value.tolist() for key, value in statistics.items()}}
     beside = {"format": 1, "model": model.name, "groups": groups, **about, "notes": notes, "rows": names}
-    return _write(folder, "latents", model, arrays, None, notes, {"rows": total}, beside)
-
-
-# -- files -----------------------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    folder: Path,
-    name: str,
-    model: Model,
-    arrays: Mapping[str, Tensor],
-    draw: Draw | None,
-    notes: list[str],
-    about: Mapping[str, Any] = MappingProxyType({}),
-    beside: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """NAME.safetensors with the arrays, which `about` is written into, NAME.json with what stands `beside` them and NAME.png with
-    the picture, where there are such; a name that is taken gets a number, nothing is overwritten."""
-    tensors_at, beside_at, picture_at = files.free_names(folder, name, (".safetensors", ".json", ".png"))
-    written = []
-    if arrays:
-        written.append(tensors_at)
-        head = json.dumps({"model": model.name, "value_range": model.spec.value_range, **about})
-        tensors = {key: value.detach().cpu().contiguous() for key, value in arrays.items()}
-        files.write_bytes(tensors_at, save(tensors, {"about": head}))  # one key: the order of several is not fixed
-    if beside is not None:
-        written.append(beside_at)
-        files.write_json(beside_at, files.finite_or_text({**beside, "tensors": tensors_at.name}))
-    picture = draw() if draw else None
-    if picture is not None:
-        written.append(picture_at)
-        pictures.save_png(picture_at, picture)
-    held = {key: {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")} for key, value in arrays.items()}
-    return {"files": [str(path) for path in written], "arrays": held, "notes": notes, "model": model.name}
+    return outputs.write(folder, "latents", model, arrays, None, notes, {"rows": total}, beside)

@@ -22,7 +22,7 @@ from siv_core.protocols import Batch, Dataset, Measurement, Metric, Progress, Ro
 from siv_core.recipe.catalogue import blame, words
 from siv_core.recipe.recipe import GAP
 from siv_core.seeding import Streams
-from siv_core.use import pictures
+from siv_core.use import mixing, pictures
 from siv_core.use.pictures import Picture
 
 SHOWN = 8  # images a row of a picture
@@ -280,8 +280,8 @@ def final_pictures(
     seed: int,
     log: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png; of data that is no image
-    samples.png, where a metric draws it."""
+    """samples.png, reconstructions.png and, where the model has two groups for it, translation.png, of a decoder with styles
+    style_mixing.png; of data that is no image samples.png, where a metric draws it."""
     made: dict[str, Picture | None] = {}
     if model.spec.kind != "image":
         made["samples"] = draw({"": model}, metrics, data, seed, log=log)
@@ -289,6 +289,8 @@ def final_pictures(
         value_range = model.spec.value_range
         made["samples"] = samples(model, 8, seed)
         made["reconstructions"] = reconstructions(model, *held_out(data, model, 4 * SHOWN, seed))
+        if model.has_styles:
+            made["style_mixing"] = mixing.of_samples(model, SHOWN, seed).picture(value_range)
         if model.translate:
             made["translation"] = translation(model, *held_out_pairs(data, model, SHOWN, seed)).picture(value_range)
     paths = []

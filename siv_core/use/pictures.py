@@ -64,6 +64,28 @@ def matrix(left: NDArray[np.uint8], top: NDArray[np.uint8], cells: NDArray[np.ui
     return sheet
 
 
+def collage(above: NDArray[np.uint8], below: NDArray[np.uint8], halvings: int = 2) -> Picture:
+    """Pairs of images [N, H, W, 3] side by side: one at full size, under it four at half, then sixteen at a quarter; as many such
+    columns as there are images for, as ALAE's code draws them. Sizes that cannot be halved are not."""
+    n, height, width, _ = above.shape
+    while height % 2**halvings or width % 2**halvings:
+        halvings -= 1
+    each = sum(4**level for level in range(halvings + 1))
+    columns = -(-n // each)
+    sheet = np.full(((halvings + 1) * (height + APART) - APART, columns * (2 * width + APART) - APART, 3), 255, np.uint8)
+    i = 0
+    for column in range(columns):
+        for level in range(halvings + 1):
+            k = 2**level
+            for place in range(min(k * k, n - i)):
+                pair = np.concatenate([above[i], below[i]], axis=1).reshape(height // k, k, 2 * width // k, k, 3)
+                top = level * (height + APART) + place // k * (height // k)
+                left = column * (2 * width + APART) + place % k * (2 * width // k)
+                sheet[top : top + height // k, left : left + 2 * width // k] = pair.mean(axis=(1, 3)).round()
+                i += 1
+    return sheet
+
+
 MARGIN = 40  # pixels left of the rows of `by_class`, for their numbers
 APART = 8  # pixels between images and what a model made of them
 
