@@ -117,7 +117,7 @@ class Linear(nn.Module):
 LINEAR = Model(Linear(), Linear(), Priors({}), Spec((6,), kind="array"), {"a": 3, "b": 3}, None, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("path", latents.PATHS)
+@pytest.mark.parametrize("path", ["linear", "spherical"])
 def test_ends_are_reconstructions(path):
     x, y = CORNERS[:2]
     images = SMOOTH.interpolate(x, y, 4, path=path)
@@ -148,7 +148,7 @@ def test_a_great_circle_keeps_the_length_of_each_group():
             assert torch.allclose(z[:, half].norm(dim=1), x[:, half].norm(dim=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("path", latents.PATHS)
+@pytest.mark.parametrize("path", ["linear", "spherical"])
 def test_a_square_of_four(path):
     square = SMOOTH.blend(list(CORNERS), 3, path=path)
     assert square.shape == (3, 3, 2, 3, 4, 6)
@@ -172,7 +172,7 @@ def test_on_straight_lines_a_square_is_bilinear():
             assert torch.allclose(square[i, j], (weights[:, None, None] * corners).sum(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("path", latents.PATHS)
+@pytest.mark.parametrize("path", ["linear", "spherical"])
 def test_between_equal_images_there_is_nothing_else(path):
     """The weights sum to one."""
     x = randoms(3, 6)
@@ -203,7 +203,7 @@ def test_what_cannot_be_blended():
         SMOOTH.blend(list(CORNERS), labels=[torch.zeros(2).long()] * 2)
     with pytest.raises(UserError, match="all must have as many"):
         SMOOTH.blend([*CORNERS[:3], CORNERS[3, :1]])
-    with pytest.raises(UserError, match=r"path: is 'sperical', expected one of linear, spherical; did you mean 'spherical'\?"):
+    with pytest.raises(UserError, match=r"path: is 'sperical', expected one of linear, spherical, styles; did you mean 'spherical'\?"):
         SMOOTH.blend(list(CORNERS), path="sperical")
     with pytest.raises(UserError, match="path: is None, expected one of"):
         SMOOTH.interpolate(CORNERS[0], CORNERS[1], 3, path=None)
