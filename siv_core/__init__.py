@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which cannot follow the t
     from siv_core.nets import full_precision as full_precision
     from siv_core.nets import with_labels as with_labels
     from siv_core.protocols import Batch as Batch
+    from siv_core.protocols import Converted as Converted
     from siv_core.protocols import Dataset as Dataset
     from siv_core.protocols import Distribution as Distribution
     from siv_core.protocols import Measurement as Measurement
@@ -53,6 +54,7 @@ _HOME = {
     "siv_core.nets": ("full_precision", "with_labels"),
     "siv_core.protocols": (
         "Batch",
+        "Converted",
         "Dataset",
         "Distribution",
         "Measurement",

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from attrs import NOTHING, frozen
 
-KINDS = ("network", "reconstruction", "prior", "dataset", "objective", "metric")
+KINDS = ("network", "reconstruction", "prior", "dataset", "objective", "metric", "weights")
 
 PerGroup = float | dict[str, float]  # one number for all latent groups, or a table with one for each
 

@@ -144,6 +144,24 @@ class Networks(NamedTuple):
     batch_statistics: bool = False
 
 
+class Weights(Protocol):
+    """A format of checkpoints that another program writes."""
+
+    network: str  # the network component of ours that they are weights of
+
+    def convert(self, state: Mapping[str, Any]) -> Converted:
+        """What `torch.load(…, weights_only=True)` gave, as weights of that network; a `UserError` for what is none of these."""
+
+
+class Converted(NamedTuple):
+    """Another program's checkpoint as weights of a network of ours."""
+
+    config: dict[str, Any]  # options that the network must have, as a recipe says them
+    shape: tuple[int, ...]  # of the images
+    players: dict[str, dict[str, Tensor]]  # "encoder", "decoder", and where it has averages "encoder@ema", "decoder@ema"
+    notes: tuple[str, ...] = ()  # what was left out
+
+
 class ReconstructionLoss(Protocol):
     """Distance of y to x, one number a sample; pixel losses SUM over C·H·W.
 

@@ -203,7 +203,9 @@ def test_what_cannot_be_blended():
         SMOOTH.blend(list(CORNERS), labels=[torch.zeros(2).long()] * 2)
     with pytest.raises(UserError, match="all must have as many"):
         SMOOTH.blend([*CORNERS[:3], CORNERS[3, :1]])
-    with pytest.raises(UserError, match=r"path: is 'sperical', expected one of linear, spherical, styles; did you mean 'spherical'\?"):
+    with pytest.raises(
+        UserError, match=r"path: is 'sperical', expected one of linear, spherical, styles; did you mean 'spherical'\?"
+    ):
         SMOOTH.blend(list(CORNERS), path="sperical")
     with pytest.raises(UserError, match="path: is None, expected one of"):
         SMOOTH.interpolate(CORNERS[0], CORNERS[1], 3, path=None)

@@ -108,7 +108,7 @@ def test_a_synopsis_names_options_that_exist(page, line):
         command, rest = find(path)
         assert rest == []
         known = {flag for parameter in command.params for flag in parameter.opts}
-        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line)) <= known, f"{page}: siv {' '.join(path)}"
+        assert set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", line)) <= known, f"{page}: siv {' '.join(path)}"
 
 
 def test_there_are_commands_to_parse():

@@ -962,7 +962,8 @@ def test_lines_of_a_shipped_recipe(path):
     found = lines_of(text)
     assert found.keys() == {keys for keys, _ in paths(tomllib.loads(text))}
     for keys, number in found.items():
-        assert str([key for key in keys if isinstance(key, str)][-1]) in lines[number - 1]
+        until = number if not lines[number - 1].endswith("[") else lines.index("]", number)  # a list over several lines
+        assert str([key for key in keys if isinstance(key, str)][-1]) in "\n".join(lines[number - 1 : until])
 
 
 @pytest.mark.parametrize(

@@ -588,3 +588,85 @@ def test_stages_that_do_not_fit(shape):
     networks = style.build(SMALL, SPEC)
     with pytest.raises(UserError, match="has blocks for 4, 8, 16 pixels a side, not for"):
         networks.encoder.set_stage(Stage(0, shape))
+
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ([4, 6], ["stages[1].data.size: network 'style' has blocks for 4, 8 pixels a side, not for 6 × 6"]),
+        ([8, 4], ["stages[1].data.size: 4 after 8: networks grow, so sizes do too"]),
+        ([None, 4], ["stages[1].data.size: 4 after 8: networks grow, so sizes do too"]),
+        ([4, 16], ["stages[1].data.size: 16 does not fit data of shape [1, 8, 8]"]),
+        ([2, 3], ["stages[0].data.size: network 'style' has blocks", "stages[1].data.size: network 'style' has blocks"]),
+    ],
+)
+def test_stages_are_looked_at_before_anything_begins(catalogue, tmp_path, sizes, told):
+    tables = [{"length": "2 steps", **({"data": {"size": size}} if size else {})} for size in sizes]
+    with pytest.raises(UserError) as caught:
+        toys.trainer(catalogue, tmp_path, {**GROWING, "stages": tables})
+    assert len(caught.value.problems) == len(told)
+    assert all(line in problem for line, problem in zip(told, caught.value.problems, strict=True))
+
+
+@pytest.mark.parametrize("name", ["celeba_hq_256_style", "ffhq_256_style", "lsun_bedroom_128_style"])
+def test_the_shipped_recipes_grow_to_their_size(catalogue, name):
+    """Every profile: the published batches, sizes from 4 to the data's, beta_neg by size; networks of the published widths."""
+    from siv_core.recipe import build, recipe
+
+    batches = {
+        "none": [512, 256, 128, 64, 32, 32, 16],
+        "one_device": [128, 128, 128, 32, 16, 8, 4],
+        "two_devices": [128, 128, 128, 64, 32, 16, 8],
+        "eight_devices": [512, 256, 128, 64, 32, 32, 32],
+    }
+    for profile, expected in batches.items():
+        read = recipe.load(RECIPES / f"{name}.toml", catalogue, (profile,), ())
+        size = 128 if "lsun" in name else 256
+        levels = [4 << k for k in range(7) if 4 << k <= size]
+        assert [plan.size for plan in read.stages] == [4, *levels]
+        assert [plan.batch for plan in read.stages] == [expected[0], *expected[: len(levels)]]
+        assert read.stages[0].objective.name == "vae"
+        negative = [plan.objective.config.beta_neg for plan in read.stages[1:]]
+        assert negative == [2048, 2048, 2048, 1024, 512, 512, 512][: len(levels)]
+        assert [plan.fade > 0 for plan in read.stages] == [False, False, *[True] * (len(levels) - 1)]
+        assert all(plan.reset_optimisers == (plan.fade > 0) for plan in read.stages)
+        with torch.device("meta"):
+            networks = build.component(catalogue, read.network[0], Spec((3, size, size)))
+        assert [layer.in_channels for layer in networks.decoder.to_rgb] == [512, 512, 512, 512, 256, 128, 64][: len(levels)]
+        for i, plan in enumerate(read.stages):
+            set_stage(networks[:2], Stage(i, (3, plan.size, plan.size)))
+
+
+@pytest.mark.slow
+def test_a_step_at_256_pixels_fits_on_a_cpu(catalogue, tmp_path):
+    """The published widths, batch 2, the last size while it fades in: every phase, every gradient finite, and what it took."""
+    network = {"name": "style", "start_channels": 64, "max_channels": 512, "z_dim": 512}
+    from siv_core.recipe import build, recipe
+    from siv_core.store import memory
+
+    read = recipe.load(RECIPES / "ffhq_256_style.toml", catalogue, ("one_device",), ("train.precision=fp32",))
+    assert read.network[0].tree() == {**read.network[0].tree(), **network}
+    spec = Spec((3, 256, 256))
+    built = build.build(read, catalogue, None, spec)
+    assert memory.size_of(*built.networks[:2]) == 4 * (26_789_952 + 23_984_981 + 1_050_624 + 2_101_248)
+    modules = built.modules
+    set_stage(modules.values(), Stage(7, spec.shape, torch.full((), 0.5)))
+    from siv_core.nets import make_nets, sources
+    from siv_core.protocols import Batch
+    from siv_core.train.step import tensors_of
+
+    nets = make_nets(modules, built.reconstruction, 20.0)
+    objective = built.objective(read.stages[-1])
+    batch = Batch(torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)))
+    drawn = objective.draw(2, Streams(0, 0), sources(built.networks.groups, built.priors, built.networks.decoder))
+    carry = {}
+    for phase in objective.phases:
+        moved = [p for name in phase.updates for p in modules[name].parameters()]
+        played = play(phase, moved, nets, batch, drawn, tensors_of(objective.coeffs, torch.device("cpu")), carry, 1.0)
+        carry = played.carry
+        present = [gradient for gradient in played.gradients if gradient is not None]
+        assert len(present) > 60
+        assert all(gradient.isfinite().all() for gradient in present)

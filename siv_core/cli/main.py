@@ -176,6 +176,36 @@ def run(
         show_metrics(watcher, metrics)
 
 
+@cli.command("import")
+@options(
+    click.argument("name", metavar="FORMAT"),
+    click.argument("file", type=PATH),
+    click.argument("recipe", type=PATH),
+    click.option("--sha256", metavar="DIGEST", help="Of FILE; without it the command tells the digest and stops."),
+    click.option("--run-dir", type=PATH, required=True, help="The run directory to make."),
+    *override_options,
+    json_option,
+)
+def import_weights(
+    name: str,
+    file: Path,
+    recipe: Path,
+    sha256: str | None,
+    run_dir: Path,
+    profiles: tuple[str, ...],
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Make a run directory of another program's checkpoint FILE, for the network, data and metrics of RECIPE. FORMAT is one of
+    `siv list-plugins --kind weights`."""
+    watcher = screen(as_json, at_once=True)
+    from siv_core.runs import imported
+
+    made = imported.bring(name, file, recipe, run_dir, sha256, profiles=profiles, sets=sets, watcher=watcher)
+    if as_json:
+        print_json({"run": str(made.path)})
+
+
 @cli.command()
 @options(
     click.argument("recipe", type=PATH),

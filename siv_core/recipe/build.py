@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.model import Betas, Model
-from siv_core.nets import Priors, lr_factors, tree_map
-from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
+from siv_core.nets import Priors, lr_factors, set_stage, tree_map
+from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec, Stage
 from siv_core.recipe.catalogue import Catalogue, blame, words
 from siv_core.recipe.options import PLAYERS
 from siv_core.recipe.recipe import Choice, Recipe, StagePlan
@@ -29,6 +29,7 @@ PROMISED = {  # what is asked of what a component builds, see protocols.py
     "dataset": ("missing", "prepare", "rows", "fingerprint"),
     "objective": ("phases", "draw", "coeffs", "shadows"),
     "metric": ("needs", "measure"),
+    "weights": ("network", "convert"),
 }
 
 
@@ -229,6 +230,7 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
         built = Built(recipe, catalogue, data, spec, networks, priors or Priors({}), reconstruction)
         for i, plan in enumerate(recipe.stages):
             attempt(built.objective, plan, where=f"stages[{i}].")  # what does not fit is told now, not when the stage begins
+        attempt(_stages, built)
         attempt(built.metrics)
         for player, module in built.modules.items():
             try:
@@ -238,6 +240,29 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
     if problems:
         raise recipe.told(problems)
     return built
+
+
+def _stages(built: Built) -> None:
+    """A `UserError` for sizes that go back or that the network does not have: told now, not when one begins."""
+    recipe, problems, largest = built.recipe, list[str](), 0
+    if all(plan.size is None for plan in recipe.stages):
+        return
+    with torch.device("meta"):  # others than those that train, which are told their stages once
+        networks = _networks(recipe, built.catalogue, built.spec)
+    for i, plan in enumerate(recipe.stages):
+        try:
+            shape = built.shape(plan)
+        except UserError:
+            return  # told of the stage's objective
+        if shape[-1] < largest:
+            problems.append(f"stages[{i}].data.size: {shape[-1]} after {largest}: networks grow, so sizes do too")
+        largest = max(largest, shape[-1])
+        try:
+            set_stage(networks[:2], Stage(i, shape))
+        except UserError as error:
+            problems += [f"stages[{i}].{line}" for line in error.problems]
+    if problems:
+        raise UserError(problems)
 
 
 def _weights_in_bytes(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> int:

@@ -98,8 +98,12 @@ class RunDir:
         return self._json("manifest")
 
     def to_go_on(self) -> None:
-        """A `UserError` where a run of an earlier format can be used, but not gone on with."""
+        """A `UserError` where a run of an earlier format, or what was imported, can be used but not gone on with."""
         manifest = self.manifest()
+        if "imported" in manifest:
+            raise UserError(
+                f'{self.path}: was imported, there is no training to go on with: start a new run from it ([init] run = "…")'
+            )
         if manifest["format"] < FORMAT:
             version = manifest["libraries"].get("siv", "an earlier version")
             raise UserError(
@@ -128,7 +132,7 @@ class RunDir:
         files.write_json(self.path / f"{name}.json", {"format": FORMAT, **value})
 
     def status(self, state: str, **more: Any) -> None:
-        """`state`: running, stopped, finished, diverged or failed."""
+        """`state`: running, stopped, finished, diverged, failed or imported."""
         self.write("status", {"state": state, "time": _now(), **more})
 
     def state(self) -> str:
