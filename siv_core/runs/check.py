@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from siv_core.errors import UserError
 from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
 from siv_core.protocols import Batch, Progress, Rows, Spec, Stage
-from siv_core.recipe import build
+from siv_core.recipe import build, forward
 from siv_core.recipe.build import Built
 from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.recipe import Recipe
@@ -109,7 +109,7 @@ def flops(built: Built, number: int) -> int:
     batch = Batch(torch.empty(plan.batch, *built.shape(plan), device="meta"), labels)
     noise = {**noise, "views": dict.fromkeys(plan.views, batch.x)}
     set_stage(modules.values(), Stage(number, built.shape(plan)))
-    build.check_forward(built, modules, built.shape(plan), torch.device("meta"))
+    forward.check_forward(built, modules, built.shape(plan), torch.device("meta"))
     nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction)
     coeffs = tensors_of(objective.coeffs, torch.device("meta"))
     carry: dict[str, Any] = {}

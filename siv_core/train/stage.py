@@ -14,7 +14,7 @@ from torch import Tensor
 from siv_core.errors import PluginError, UserError
 from siv_core.nets import encode_group, make_nets, parts, set_stage, sources, stage_of
 from siv_core.protocols import Batch, Nets, Objective, Stage
-from siv_core.recipe.build import check_forward
+from siv_core.recipe.forward import check_forward
 from siv_core.recipe.options import Optim
 from siv_core.recipe.recipe import StagePlan
 from siv_core.train.players import changed, state_of, take_over
