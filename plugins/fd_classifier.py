@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from siv_core.component import Component, option
-from siv_core.errors import UserError
+from siv_core.errors import UserError, near_miss
 from siv_core.hookspecs import hookimpl
 from siv_core.model import Model
 from siv_core.protocols import Dataset, Measurement, Metric, Progress, Spec
@@ -32,6 +32,7 @@ class FdClassifierConfig:
     count: int = option(5000, doc="samples; the distances take as many of them as the smaller split has images", ge=2)
     reference: str = option("train", doc="split the samples are compared with", choices=tuple(OTHER))
     k: int = option(3, doc="neighbours that the balls of precision and recall reach to", ge=1)
+    factor: str = option("", doc="of the data, whose values are the classes; empty: the data's labels are")
     epochs: int = option(0, doc="of the classifier's training; 0: 2 to 40, so that it sees about 120,000 images", ge=0)
     seed: int = option(0, doc="of the classifier, of samples, of the choice of images and of blocks", ge=0)
     batch: int = option(256, doc="images in memory at once", ge=1)
@@ -65,7 +66,7 @@ class FdClassifier:
         return ()
 
     def fits(self, data: Dataset) -> Iterable[str]:
-        reasons = classifier.lacks(data, self.spec)
+        reasons = classifier.lacks(*classifier.labelled(data, self.spec, self.config.factor))
         return reasons or [
             f"the split {split} has {len(data.rows(split))} images, no more than k = {self.config.k}"
             for split in OTHER
@@ -77,7 +78,7 @@ class FdClassifier:
         for reason in self.fits(data):
             raise UserError(f"metric fd_classifier: {reason}")
         config, settings = self.config, classifier.Settings(epochs=self.config.epochs, seed=self.config.seed)
-        judge = classifier.trained(data, self.spec, settings, model.device, progress)
+        judge = classifier.trained(*classifier.labelled(data, self.spec, config.factor), settings, model.device, progress)
         images = min(config.count, *(len(data.rows(split)) for split in OTHER))
         reference = self._of_data(data, config.reference, images, judge, model, progress)
         other = self._of_data(data, OTHER[config.reference], images, judge, model, progress)
@@ -108,7 +109,7 @@ class FdClassifier:
     def _protocol(self, judge: Judge, about: dict[str, Any], images: int, of: int, conditional: bool) -> dict[str, Any]:
         config = self.config
         return {
-            "features": "of a classifier trained on this data set's own labels: see classifier",
+            "features": f"of a classifier trained on this data set's own {config.factor or 'labels'}: see classifier",
             "classifier": judge.about,
             "distances": about,
             "reference": {"split": config.reference, "images": images, "of": of},
@@ -152,6 +153,9 @@ def _told(samples: Seen, wanted: Tensor | None) -> Values:
 def build(config: FdClassifierConfig, spec: Spec, groups: dict[str, int], translate: tuple[str, str] | None) -> Metric:
     if spec.kind != "image":
         raise UserError(f"metric fd_classifier: needs images, this data is {spec.kind} {list(spec.shape)}")
+    if config.factor and config.factor not in spec.factors:
+        hint = near_miss(config.factor, spec.factors) if spec.factors else "; they have none"
+        raise UserError(f"metric fd_classifier: factor: '{config.factor}' is no factor of these data{hint}")
     return FdClassifier(spec, config)
 
 

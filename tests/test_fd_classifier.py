@@ -78,6 +78,48 @@ def measure(data: Any, model: Model, **options: Any) -> Any:
     return metric.measure(model, data, quiet)
 
 
+# -- factors in place of labels --------------------------------------------------------------------------------------------------
+
+
+class WithFactors:
+    """Digits whose labels are a factor, beside one of two values; without labels of their own."""
+
+    spec = evolve(digits.Digits.spec, classes=None, factors={"half": 2, "digit": 10})
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def rows(self, split: str) -> Rows:
+        rows = self.data.rows(split)
+        return evolve(rows, labels=None, factors=torch.stack([rows.labels // 5, rows.labels], dim=1))
+
+    def fingerprint(self) -> str:
+        return str(self.data.fingerprint())
+
+
+def test_a_factor_is_judged_as_labels_are(data):
+    other = WithFactors(data)
+    assert list(plugin.build(plugin.FdClassifierConfig(), other.spec, {}, None).fits(other)) != []
+    metric = plugin.build(plugin.FdClassifierConfig(factor="digit"), other.spec, {}, None)
+    assert list(metric.fits(other)) == []
+    by_digit, spec = classifier.labelled(other, other.spec, "digit")
+    settings = classifier.Settings(epochs=1)
+    assert spec.classes == 10
+    assert classifier._key(by_digit, evolve(spec, factors={}), settings) == classifier._key(data, data.spec, settings)
+    by_half, spec = classifier.labelled(other, other.spec, "half")
+    assert spec.classes == 2
+    assert torch.equal(by_half.rows("train").labels, data.rows("train").labels // 5)
+    assert classifier._key(by_half, spec, settings) != classifier._key(data, data.spec, settings)
+    assert classifier.labelled(data, data.spec, "") == (data, data.spec)
+
+
+def test_a_factor_that_there_is_not():
+    with pytest.raises(UserError, match="factor: 'digits' is no factor of these data; did you mean 'digit'"):
+        plugin.build(plugin.FdClassifierConfig(factor="digits"), WithFactors.spec, {}, None)
+    with pytest.raises(UserError, match="'azimuth' is no factor of these data; known: digit"):
+        plugin.build(plugin.FdClassifierConfig(factor="azimuth"), digits.Digits.spec, {}, None)
+
+
 # -- the classifier --------------------------------------------------------------------------------------------------------------
 
 

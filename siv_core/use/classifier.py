@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from siv_core.data import feed
 from siv_core.errors import UserError
-from siv_core.protocols import Dataset, Progress, Rows, Spec
+from siv_core.protocols import Progress, Rows, Spec
 from siv_core.seeding import DataOrder, Seeded, Streams, stream_seed
 from siv_core.store import files
 from siv_core.use.feature_sets import ToBytes
@@ -102,14 +102,43 @@ class Judge:
         return features, logits.softmax(dim=1)
 
 
-def lacks(data: Dataset, spec: Spec) -> list[str]:
+class Labelled(Protocol):
+    """What of a data set a classifier asks for."""
+
+    def rows(self, split: str) -> Rows: ...
+    def fingerprint(self) -> str: ...
+
+
+@frozen
+class ByFactor:
+    """A data set whose labels are the values of one of its factors."""
+
+    data: Labelled
+    column: int
+
+    def rows(self, split: str) -> Rows:
+        rows = self.data.rows(split)
+        return attrs.evolve(rows, labels=None if rows.factors is None else rows.factors[:, self.column].contiguous())
+
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()  # the labels are in a classifier's key beside it
+
+
+def labelled(data: Labelled, spec: Spec, factor: str) -> tuple[Labelled, Spec]:
+    """The same data with the values of this factor as labels; by no name as they are."""
+    if not factor:
+        return data, spec
+    return ByFactor(data, list(spec.factors).index(factor)), attrs.evolve(spec, classes=spec.factors[factor])
+
+
+def lacks(data: Labelled, spec: Spec) -> list[str]:
     """Why there can be none of these data, a sentence each."""
     if not spec.classes or any(data.rows(split).labels is None for split in ("train", "held_out")):
         return ["the data have no labels, which a classifier is trained on"]
     return [f"the split {split} has no images" for split in ("train", "held_out") if not len(data.rows(split))]
 
 
-def trained(data: Dataset, spec: Spec, settings: Settings, device: torch.device, progress: Progress) -> Judge:
+def trained(data: Labelled, spec: Spec, settings: Settings, device: torch.device, progress: Progress) -> Judge:
     """The classifier of these data, from the data root or trained now. Global random state stays as it is."""
     for reason in lacks(data, spec):
         raise UserError(f"{WHAT}: {reason}")
@@ -133,7 +162,7 @@ def _new(spec: Spec, settings: Settings) -> Classifier:
     return net.to(memory_format=torch.channels_last)
 
 
-def _train(net: Classifier, data: Dataset, spec: Spec, settings: Settings, progress: Progress) -> dict[str, Any]:
+def _train(net: Classifier, data: Labelled, spec: Spec, settings: Settings, progress: Progress) -> dict[str, Any]:
     rows, device = data.rows("train"), next(net.parameters()).device
     epochs = settings.epochs or min(max(-(-SHOWN // len(rows)), EPOCHS[0]), EPOCHS[1])
     batch = min(settings.batch, len(rows))
@@ -202,7 +231,7 @@ def _moved(x: Tensor, by: int, generator: torch.Generator) -> Tensor:
 # -- keeping it ------------------------------------------------------------------------------------------------------------------
 
 
-def _key(data: Dataset, spec: Spec, settings: Settings) -> str:
+def _key(data: Labelled, spec: Spec, settings: Settings) -> str:
     """Digest of everything that a trained weight follows from: a fingerprint may know nothing of labels and splits."""
     found = hashlib.sha256()
     about = [
