@@ -18,10 +18,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
-from toys import SMALL
+from toys import SMALL, trainer, tree
 
 import siv_core
 from siv_core.data import datafile
@@ -30,6 +31,7 @@ from siv_core.recipe import recipe
 from siv_core.runs import check as inspect
 from siv_core.store import checkpoint
 from siv_core.store.rundir import RunDir
+from siv_core.train import stage
 from siv_core.use import apply, own_pictures
 
 CORE = Path(siv_core.__file__).parent
@@ -471,6 +473,19 @@ def test_what_is_not_at_hand_is_measured_on_random_numbers(catalogue, monkeypatc
     found = measured(catalogue, small + '[reconstruction]\nname = "vgg_perceptual"\n')
     assert list(found) == ["not_measured"]
     assert found["not_measured"].startswith("the weights of VGG-16 are not at hand")
+
+
+def test_a_share_is_the_time_with_a_change_over_that_without_it(monkeypatch, catalogue, tmp_path):
+    t = trainer(catalogue, tmp_path, tree())
+    t.active = stage.enter(t, 0)
+    times = {"bf16": 3.0, "fp32": 2.0}  # seconds a step
+
+    def other(built, catalogue, recipe, device):
+        return evolve(t, built=evolve(t.built, recipe=recipe))
+
+    monkeypatch.setattr(inspect, "_timed_trainer", other)
+    monkeypatch.setattr(inspect, "timed", lambda one, active, steps: steps * times[one.built.recipe.train.precision])
+    assert inspect._share(t, t.built, catalogue, {"precision": "bf16"}, t.device) == 1.5
 
 
 def test_the_device_goes_with_measuring(siv, tiny):
