@@ -251,7 +251,9 @@ def show_report(watcher: Screen, report: dict[str, Any]) -> None:
     for stage in report.get("stages", []):
         views = "".join(f", {group} sees {' '.join(names)}" for group, names in stage["views"].items())
         cost = f"{stage['flops_per_step'] / 1e9:,.2f} GFLOP a step"
-        watcher.say(f"{stage['objective']}: {stage['length']}, batch {stage['batch']}, {cost}{views}")
+        size = "" if stage["shape"] == report["data"]["shape"] else f", {' × '.join(map(str, stage['shape'][1:]))} pixels"
+        fading = f", fading in over {stage['fade']:.0%} of it" if stage["fade"] else ""
+        watcher.say(f"{stage['objective']}: {stage['length']}{size}, batch {stage['batch']}, {cost}{fading}{views}")
     for line in report.get("notes", []):
         watcher.say(line)
     for line in report["not_at_hand"] or ["nothing: everything is at hand"]:

@@ -68,6 +68,8 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
             "length": str(plan.length),
             "batch": plan.batch,
             "objective": plan.objective.name,
+            "shape": list(built.shape(plan)),
+            "fade": plan.fade,
             "views": {group: list(names) for group, names in plan.views.items()},
             "flops_per_step": flops(built, number),
         }
