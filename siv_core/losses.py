@@ -22,9 +22,15 @@ def kl(q: Posterior, prior: Mapping[str, Distribution], noise: Noise, labels: Te
     return {group: prior[group].kl(gaussian, noise.get(group), labels) for group, gaussian in q.items()}
 
 
-def regulariser(prior: Mapping[str, Any], z: Codes, mean: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Σ_g of what the groups' priors ask of the codes z of data, 0-dim; None where none of them asks anything."""
-    asked = {group: p.regulariser(z[group], mean) for group, p in prior.items() if hasattr(p, "regulariser")}
+def regulariser(
+    prior: Mapping[str, Any], z: Codes, q: Posterior, noise: Noise, mean: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Σ_g of what the groups' priors ask of the codes z ~ q of data, 0-dim; None where none of them asks anything."""
+    asked = {
+        group: p.regulariser(z[group], mean, q[group], noise.get(group))
+        for group, p in prior.items()
+        if hasattr(p, "regulariser")
+    }
     return total(asked) if asked else None
 
 

@@ -175,8 +175,9 @@ class ReconstructionLoss(Protocol):
 class Distribution(Protocol):
     """A prior as it stands in one phase.
 
-    Optional: `regulariser(z, mean)` -> 0-dim, what an introspective encoder pays beside its ELBO for the codes z [N, d] of data.
-    `mean` maps [N, …] to its mean over the samples of the whole batch, over all processes, with gradient.
+    Optional: `regulariser(z, mean, q, noise)` -> 0-dim, what an introspective encoder, and nobody else, pays beside its ELBO for
+    the codes z [N, d] ~ q of data; `noise` is that of the KL of q. `mean` maps [N, …] to its mean over the samples of the whole
+    batch, over all processes, with gradient.
     `truncated(noise, psi, labels=None)` -> z [N, d] as `sample` gives it, but each one at the share psi in [0, 1] of its way from
     the mean that it was drawn around. The noise is the prior's own, and scaling it would be wrong for most: so only a prior that
     says how is truncated.
@@ -201,7 +202,8 @@ class Prior(Protocol):
     `set_stage(stage)`; `lr_factors()` -> {parameter, or a module's name for all of its parameters: factor on the learning
     rate}, which encoders and decoders may have too; `logvar_bounds()` -> (low [d], high [d]) or None, between which the
     encoder's log-variances of this group are kept; `batch_statistic = True` where its distribution takes a mean over
-    the batch, so that cut batches are refused before anything is made.
+    the batch, so that cut batches are refused before anything is made; `stages_named` {option: number} of stages that it waits
+    for, and `learns_from` {option: number}: from that stage on an objective must move it. What the recipe lacks is told.
 
     `begin(stage, batches, encode)`, after `set_stage` and without gradients, exactly once when a stage first begins, never on
     a resume or load: it may change weights and buffers in place. `batches` are an epoch of `Batch`es of training data in the
@@ -298,6 +300,7 @@ class Objective:
     coeffs: Mapping[str, float | Mapping[str, float]]
     shadows: tuple[Shadow, ...] = ()
     batch_statistic: bool = False  # a loss that is no mean over samples: cannot be cut into micro-batches
+    prior_learns: bool = False  # it was told to move the prior: one without parameters is then a mistake
     takes_views: bool = False  # it encodes the data by `Nets.posterior`
 
 

@@ -162,14 +162,15 @@ def check_prior(prior: Any, dim: int, spec: Spec) -> None:
         )
     q = encode(example(spec, 512))
     draw_kl = getattr(prior, "draw_kl", None)
-    value = distribution.kl(q, draw_kl(512, generator) if draw_kl else None)
+    of_kl = draw_kl(512, generator) if draw_kl else None
+    value = distribution.kl(q, of_kl)
     assert value.shape == (512,), "kl gives [N]"
     if hasattr(prior, "logvar_bounds") and prior.logvar_bounds() is not None:
         low, high = prior.logvar_bounds()
         assert low.shape == high.shape == (dim,), "logvar_bounds gives two tensors [d]"
         assert (low <= high).all(), "a lower bound is above its upper one"
     if hasattr(distribution, "regulariser"):
-        assert distribution.regulariser(q.mu, lambda x: x.mean(dim=0)).shape == (), "a regulariser is 0-dim"
+        assert distribution.regulariser(q.mu, lambda x: x.mean(dim=0), q, of_kl).shape == (), "a regulariser is 0-dim"
     points = q.mu + torch.randn(q.mu.shape, generator=generator) * (0.5 * q.logvar).exp()
     log_q = torch.distributions.Normal(q.mu, (0.5 * q.logvar).exp()).log_prob(points).sum(dim=1)
     difference = (value - (log_q - distribution.log_prob(points))).detach()

@@ -160,7 +160,7 @@ class Pulling(torch.nn.Module):
     def kl(self, q, noise, labels=None):
         return -0.5 * (1 + q.logvar - q.mu.square() - q.logvar.exp()).sum(dim=1)
 
-    def regulariser(self, z, mean):
+    def regulariser(self, z, mean, q, noise):
         return mean(z.square().sum(dim=1, keepdim=True)).sum()
 
 

@@ -280,7 +280,7 @@ class Spread(Mixture):
     def detach(self) -> Mixture:
         return Spread(super().detach().parts)
 
-    def regulariser(self, z: torch.Tensor, mean: Any) -> torch.Tensor:
+    def regulariser(self, z: torch.Tensor, mean: Any, q: Any, noise: Any) -> torch.Tensor:
         mu, logvar = self.parts
         each = -0.5 * ((z[:, None] - mu).square() / logvar.exp() + logvar).sum(dim=2)  # [N, K]
         share = mean(each.softmax(dim=1))  # [K]

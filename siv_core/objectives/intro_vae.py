@@ -101,7 +101,7 @@ def encoder_half(nets: Nets, prior: Realised, batch: Batch, noise: Noise, c: Coe
             pushed = hinge(kl_f, c["margin"], c["beta_neg"], form.hinge, nets)  # [N]
         loss = loss + c["average"] * pushed
         terms[f"hinge_{name}"] = pushed
-    loss, terms = introspective.regularised(c["scale"] * loss, terms, prior, z, c, nets)
+    loss, terms = introspective.regularised(c["scale"] * loss, terms, prior, z, q, noise, c, nets)
     return Half(loss, terms, q, carry)
 
 

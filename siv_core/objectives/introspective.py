@@ -81,9 +81,16 @@ def real_terms(rec: Tensor, kl: Mapping[str, Tensor], q: Posterior) -> Terms:
     return {"rec_real": rec, **losses.kl_terms("real", kl), "logvar_real": latents.largest_logvar(q)}
 
 
-def regularised(loss: Tensor, terms: Terms, prior: Realised, z: Codes, c: Coeffs, nets: Nets) -> tuple[Tensor, Terms]:
-    """With s Σ_g R_g(z) on top, where priors ask for it of the encoder."""
-    asked = losses.regulariser(prior, z, nets.mean)
+def still(prior: Realised) -> dict[str, Distribution]:
+    """The same priors without a gradient to them."""
+    return {group: p.detach() for group, p in prior.items()}
+
+
+def regularised(
+    loss: Tensor, terms: Terms, prior: Realised, z: Codes, q: Posterior, noise: Noise, c: Coeffs, nets: Nets
+) -> tuple[Tensor, Terms]:
+    """With s Σ_g R_g(z) on top, where priors, which do not move for it, ask for it of the encoder."""
+    asked = losses.regulariser(still(prior), z, q, noise["kl"]["real"], nets.mean)
     if asked is None:
         return loss, terms
     return loss + c["scale"] * asked, {**terms, "regulariser": asked.expand(len(loss))}

@@ -16,6 +16,8 @@ from siv_core.objectives import introspective
 from siv_core.objectives.introspective import PRIOR, REC, Half, Realised
 from siv_core.protocols import Batch, Coeffs, Nets, Noise, Objective, Phase, Spec, Terms
 
+PLAYS_WITH = ("fixed", "decoder", "encoder")
+
 
 @frozen
 class SoftIntroVAEConfig:
@@ -39,6 +41,12 @@ class SoftIntroVAEConfig:
         choices=("official", "paper", "full"),
     )
     share_noise: bool = option(True, doc="both phases use the same prior noise and the same posterior sample")
+    prior: str = option(
+        "fixed", doc="whom the prior plays with, moved in the same phase: nobody, the decoder or the encoder", choices=PLAYS_WITH
+    )
+    prior_samples: bool = option(
+        True, doc="with the decoder: what its KL of x_prior wants moves the prior too, through the codes"
+    )
 
 
 def encoder_half(
@@ -55,8 +63,9 @@ def encoder_half(
     """E descends: s⟨ B_r r(x, x_rec) + Σ_g B_k K_g(x) ⟩ + 1/(Fα) Σ_f ⟨ exp(−α s [ B_r r(x_f, x_ff) + Σ_g B_n K_g(x_f) ]) ⟩.
 
     E's inputs x_f are detached but for "paper"; the target x_rec is detached only by "full" (x_prior does not depend on E).
-    The shadow `re_decoder`, or D, makes x_ff. A prior's regulariser comes on top.
+    The shadow `re_decoder`, or D, makes x_ff. A prior's regulariser comes on top. A prior that learns does so from K_g(x) alone.
     """
+    still = introspective.still(prior)
     x, labels = batch  # [N, …], [N]
     again = nets.shadows[re_decoder] if re_decoder else nets.decoder
     q = nets.posterior(batch, noise)  # {g: mu, logvar [N, d_g]}
@@ -72,11 +81,11 @@ def encoder_half(
         q_f = nets.encoder(x_in, labels)
         x_ff = again(latents.sample(q_f, own["codes"]), labels, own["decoder"])  # [N, …]
         rec_f = nets.reconstruction(target, x_ff)  # [N]
-        kl_f = losses.kl(q_f, prior, own["kl"], labels)  # {g: [N]}
+        kl_f = losses.kl(q_f, still, own["kl"], labels)  # {g: [N]}
         exp_elbo = torch.exp(-c["alpha"] * c["scale"] * (c["beta_rec"] * rec_f + losses.weighted(kl_f, c["beta_neg"])))  # [N]
         loss = loss + exp_elbo / (len(fakes) * c["alpha"])
         terms.update({f"rec_{name}": rec_f, **losses.kl_terms(name, kl_f), f"exp_elbo_{name}": exp_elbo})
-    loss, terms = introspective.regularised(loss, terms, prior, z, c, nets)
+    loss, terms = introspective.regularised(loss, terms, still, z, q, noise, c, nets)
     return Half(loss, terms, q, carry)
 
 
@@ -92,15 +101,18 @@ def decoder_half(
     stop_gradient: str,
     share_noise: bool,
     re_decode: bool = True,
-    frozen: bool = True,
+    learns: bool = False,
+    samples: bool = False,
 ) -> Half:
     """D descends: s⟨ B_r r(x, x_rec) + γ/F Σ_f ( Σ_g B_k K_g(x_f) + g B_r r(x_f, x_ff) ) ⟩, with E as it is after its update.
 
-    r(x_f, x_ff) is r(sg x_f, D(sg z_f)), but for "paper" r(x_f, sg D(z_f)); without `re_decode` (g = 0) it is not computed. With
-    a prior that is not `frozen` x_prior has its gradient.
+    r(x_f, x_ff) is r(sg x_f, D(sg z_f)), but for "paper" r(x_f, sg D(z_f)); without `re_decode` (g = 0) it is not computed.
+    A prior that `learns` with D descends the same and s⟨ Σ_g B_k KL[sg q_g(z ∣ x) ‖ p_g] ⟩, with q of before E's update;
+    K_g(x_f) is against sg p_g, so that it moves the prior by way of the codes of x_prior, if `samples`, and no other.
     """
     x, labels = batch  # [N, …], [N]
-    q, made = introspective.decoder_phase_fakes(nets, prior, batch, noise, carry, share_noise=share_noise, frozen=frozen)
+    q, made = introspective.decoder_phase_fakes(nets, prior, batch, noise, carry, share_noise=share_noise, frozen=not samples)
+    still = introspective.still(prior)
     rec = nets.reconstruction(x, made[REC])  # [N]
     loss = c["beta_rec"] * rec
     terms: Terms = {"rec_real": rec}
@@ -108,7 +120,7 @@ def decoder_half(
     for name in fakes:
         x_f, own = made[name], noise["decoder_phase"][name]  # [N, …]
         q_f = nets.encoder(x_f, labels)  # {g: mu, logvar [N, d_g]}
-        kl_f = losses.kl(q_f, prior, own["kl"], labels)  # {g: [N]}
+        kl_f = losses.kl(q_f, still, own["kl"], labels)  # {g: [N]}
         fake = losses.weighted(kl_f, c["beta_kl"])  # [N]
         if re_decode:
             z_f = latents.detach(latents.sample(q_f, own["codes"]))
@@ -118,31 +130,41 @@ def decoder_half(
             terms[f"rec_{name}"] = rec_f
         loss = loss + c["gamma"] / len(fakes) * fake
         terms.update(losses.kl_terms(name, kl_f))
+    if learns:
+        kl = losses.kl(q, prior, noise["kl"]["real"], labels)  # {g: [N]}, nothing to D
+        loss = loss + losses.weighted(kl, c["beta_kl"])
+        terms.update(losses.kl_terms("fit", kl))
     return Half(c["scale"] * loss, terms, q, carry)
 
 
 def encoder_loss(
-    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], **settings: Any
+    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, learns: bool = False, **settings: Any
 ) -> tuple[Tensor, Terms, dict[str, Any]]:
-    """The mean of `encoder_half` under a frozen prior."""
-    half = encoder_half(nets, nets.prior(frozen=True), batch, noise, c, **settings)
+    """The mean of `encoder_half`; the prior is frozen unless it `learns` with E."""
+    half = encoder_half(nets, nets.prior(frozen=not learns), batch, noise, c, **settings)
     return half.loss.mean(), half.terms, half.carry
 
 
 def decoder_loss(
-    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], **settings: Any
+    nets: Nets, batch: Batch, noise: Noise, c: Coeffs, carry: dict[str, Any], *, learns: bool = False, **settings: Any
 ) -> tuple[Tensor, Terms, dict[str, Any]]:
-    """The mean of `decoder_half` under a frozen prior."""
-    half = decoder_half(nets, nets.prior(frozen=True), batch, noise, c, carry, **settings)
+    """The mean of `decoder_half`; the prior is frozen unless it `learns` with D."""
+    half = decoder_half(nets, nets.prior(frozen=not learns), batch, noise, c, carry, learns=learns, **settings)
     return half.loss.mean(), half.terms, half.carry
 
 
 def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[str, int]) -> Objective:
     fakes = introspective.checked_fakes(config.fakes)
     common: dict[str, Any] = {"fakes": fakes, "stop_gradient": config.stop_gradient}
-    decoder = partial(decoder_loss, **common, share_noise=config.share_noise, re_decode=config.gamma_r > 0)
+    with_encoder, with_decoder = (config.prior == player for player in ("encoder", "decoder"))
+    encoder = partial(encoder_loss, **common, learns=with_encoder)
+    how: dict[str, Any] = {"share_noise": config.share_noise, "re_decode": config.gamma_r > 0, "learns": with_decoder}
+    decoder = partial(decoder_loss, **common, **how, samples=with_decoder and config.prior_samples)
     return Objective(
-        phases=(Phase("encoder", ("encoder",), partial(encoder_loss, **common)), Phase("decoder", ("decoder",), decoder)),
+        phases=(
+            Phase("encoder", ("encoder", "prior") if with_encoder else ("encoder",), encoder),
+            Phase("decoder", ("decoder", "prior") if with_decoder else ("decoder",), decoder),
+        ),
         draw=partial(introspective.draw, fakes=fakes, share_noise=config.share_noise),
         coeffs={
             "scale": losses.scale_of(config.scale, spec),
@@ -153,6 +175,7 @@ def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[st
             "beta_kl": per_group(config.beta_kl, groups),
             "beta_neg": per_group(config.beta_neg, groups),
         },
+        prior_learns=config.prior != "fixed",
         takes_views=True,
     )
 

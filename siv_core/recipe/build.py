@@ -68,6 +68,11 @@ class Built:
             if isinstance(value, dict) and value.keys() != self.networks.groups.keys()
         ]
         problems += self.unseen(plan, built)
+        if built.prior_learns and not any(p.requires_grad for p in self.priors.parameters()):
+            names = " and ".join(dict.fromkeys(choice.name for choice in self.recipe.prior.values()))
+            problems.append(
+                f"objective.prior: the prior '{names}' has nothing that learns: leave it fixed, or take another prior"
+            )
         unknown = {player for phase in built.phases for player in phase.updates} - set(PLAYERS)
         problems += [f"objective {plan.objective.name}: there is no player '{player}'" for player in sorted(unknown)]
         if 0 < self.recipe.train.micro_batch < plan.batch:
@@ -231,6 +236,7 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
         for i, plan in enumerate(recipe.stages):
             attempt(built.objective, plan, where=f"stages[{i}].")  # what does not fit is told now, not when the stage begins
         attempt(_stages, built)
+        attempt(_prior_stages, built)
         attempt(built.metrics)
         for player, module in built.modules.items():
             try:
@@ -261,6 +267,25 @@ def _stages(built: Built) -> None:
             set_stage(networks[:2], Stage(i, shape))
         except UserError as error:
             problems += [f"stages[{i}].{line}" for line in error.problems]
+    if problems:
+        raise UserError(problems)
+
+
+def _prior_stages(built: Built) -> None:
+    """A `UserError` for stages that a prior waits for and that never come, or in which nothing moves it."""
+    problems, stages = list[str](), built.recipe.stages
+    for group, prior in built.priors.groups.items():
+        place = f"prior.{group}" if group in built.recipe.prior else "prior"
+        named: dict[str, int] = getattr(prior, "stages_named", {})
+        late = {key: number for key, number in named.items() if number >= len(stages)}
+        problems += [f"{place}.{key}: is {number}, the stages are 0 to {len(stages) - 1}" for key, number in late.items()]
+        for key, number in getattr(prior, "learns_from", {}).items():
+            phases = [phase for plan in stages[number:] for phase in built.objective(plan).phases]
+            if key not in late and not any("prior" in phase.updates for phase in phases):
+                told = (
+                    f'no objective moves the prior from stage {number} on: set objective.prior = "decoder" there, or leave it out'
+                )
+                problems.append(f"{place}.{key}: {told}")
     if problems:
         raise UserError(problems)
 
