@@ -31,6 +31,10 @@ fix:
 bench *ARGS:
     python tests/bench_step.py {{ARGS}}
 
+# A sampled KL to a mixture against the naive form, interleaved
+bench-prior:
+    python tests/bench_prior.py
+
 # Kills, fuzzed recipes and damaged files at full size (docs/reliability.md), and recipes at their own length or batch
 campaign *ARGS:
     SIV_CAMPAIGN_RECIPES=10000 SIV_CAMPAIGN_FILES=2000 SIV_CAMPAIGN_CHECKPOINTS=600 SIV_CAMPAIGN_KILLS=1000 \

@@ -43,9 +43,6 @@ class StyleConfig:
         0.9, doc="share of the training's samples of the prior whose finer layers have the style of another z", ge=0, le=1
     )
     truncated_layers: int = option(8, doc="a truncation moves the styles of so many layers, the coarsest; 0: of all", ge=0)
-    rgb_gain: float = option(
-        0.03, doc="the colours' layers are drawn at this over √channels, and learn at as much of the rate", gt=0, le=10
-    )
     published: bool = option(
         False,
         doc="as the published code has it, for released weights: two leaky ReLUs behind from_rgb and one on mu and log σ², no"
@@ -246,7 +243,7 @@ class Decoder(nn.Module):
         self.mapping = Mapping((d + conditions, *(d,) * config.decoder_mapping), closed=True)
         self.constant = nn.Parameter(torch.ones(1, widths[0], COARSEST, COARSEST))
         self.blocks = nn.ModuleList(DecoderBlock(a, b, k, config) for k, (a, b) in enumerate(pairwise((widths[0], *widths))))
-        self.to_rgb = nn.ModuleList(Convolution(width, spec.shape[0], 1, gain=config.rgb_gain) for width in widths)
+        self.to_rgb = nn.ModuleList(Convolution(width, spec.shape[0], 1, gain=0.03) for width in widths)
         self.conditions, self.z_dim, self.noisy, self.mixing = conditions, d, config.noise, config.style_mixing
         self.truncated_layers = config.truncated_layers or 2 * len(widths)
         self.centre, self.extent = (low + high) / 2, (high - low) / 2
