@@ -8,13 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siv_core.latents import Codes, Gaussian, Posterior
 from siv_core.protocols import Distribution, Noise, Spec, Terms
+
+
+class Betas(NamedTuple):
+    """The weights of an ELBO: −ELBO(x) = rec · r(x, D(z)) + Σ_g kl[g] · K_g(x)."""
+
+    rec: float
+    kl: Mapping[str, float]  # of all latent groups
+
+    @property
+    def decoder(self) -> float | None:
+        """B_r / B_k, with which −(B_r / B_k) r(x, D(z)) is ln p(x ∣ z) in nats up to its constant; None where the groups' B_k
+        differ (then this ELBO is that of no model), or one of the weights is 0."""
+        weights = set(self.kl.values())
+        return self.rec / weights.pop() if self.rec and len(weights) == 1 and 0 not in weights else None
 
 
 def kl(q: Posterior, prior: Mapping[str, Distribution], noise: Noise, labels: Tensor | None = None) -> dict[str, Tensor]:

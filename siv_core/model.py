@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
@@ -14,26 +14,13 @@ from torch import Tensor, nn
 from siv_core import inputs, latents, losses
 from siv_core.errors import UserError
 from siv_core.latents import Codes, Gaussian, Posterior
+from siv_core.losses import Betas
 from siv_core.nets import Priors, make_nets, rows_of, slices, sources
-from siv_core.protocols import Nets, Sources, Spec
+from siv_core.protocols import Distribution, Nets, Sources, Spec
 from siv_core.seeding import Streams, stream_seed
 
 BATCH = 256  # images that the networks see at once
 MEAN_OF = 4096  # samples of the prior whose mean style a truncation goes to
-
-
-class Betas(NamedTuple):
-    """The weights of an ELBO: −ELBO(x) = rec · r(x, D(z)) + Σ_g kl[g] · K_g(x)."""
-
-    rec: float
-    kl: Mapping[str, float]  # of all latent groups
-
-    @property
-    def decoder(self) -> float | None:
-        """B_r / B_k, with which −(B_r / B_k) r(x, D(z)) is ln p(x ∣ z) in nats up to its constant; None where the groups' B_k
-        differ (then this ELBO is that of no model), or one of the weights is 0."""
-        weights = set(self.kl.values())
-        return self.rec / weights.pop() if self.rec and len(weights) == 1 and 0 not in weights else None
 
 
 @frozen(eq=False)
@@ -167,7 +154,7 @@ class Model:
 
     def sample_styles(self, n: int, seed: int = 0, labels: Tensor | None = None) -> Tensor:
         """Styles [n, layers, d] of the images of `sample`."""
-        return self.styles(*self._prior_codes(n, seed, labels, 1.0))
+        return self.styles(*self.sample_codes(n, seed, labels))
 
     def render(self, styles: Tensor, seed: int = 0) -> Tensor:
         """Images of styles [N, layers, d]; `decode` is `render` of `styles`."""
@@ -235,10 +222,16 @@ class Model:
     def _sampled(self, n: int, seed: int, labels: Tensor | None, psi: float) -> Iterator[Tensor]:
         of_codes, of_styles = (1.0, psi) if self.has_styles else (psi, 1.0)
         inputs.share(psi, "truncation")
-        codes, of = self._prior_codes(n, seed, labels, of_codes)
+        codes, of = self.sample_codes(n, seed, labels, of_codes)
         yield from self._decoded(codes, of, seed, of_styles)
 
-    def _prior_codes(self, n: int, seed: int, labels: Tensor | None, psi: float) -> tuple[Codes, Tensor | None]:
+    def prior(self) -> dict[str, Distribution]:
+        """The priors as they stand, {group: Distribution}, without gradients."""
+        with self._quiet() as nets:
+            return nets.prior(frozen=True)
+
+    def sample_codes(self, n: int, seed: int = 0, labels: Tensor | None = None, psi: float = 1.0) -> tuple[Codes, Tensor | None]:
+        """Codes of the images of `sample`, and their labels where the model takes some."""
         inputs.count(n, "n", 0)
         inputs.count(seed, "seed", 0)
         inputs.share(psi, "truncation")

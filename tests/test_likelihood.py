@@ -18,7 +18,7 @@ from siv_plugins.standard_normal import StandardNormal
 from torch import Tensor, nn
 
 from siv_core import Gaussian, Model, Rows, Spec, UserError, losses
-from siv_core.model import Betas
+from siv_core.losses import Betas
 from siv_core.nets import Priors
 
 D, BETA = 5, 1.7  # numbers in a sample; the decoder is a Gaussian of variance 1/(2 BETA)

@@ -193,7 +193,7 @@ keep_every = 1
 def blank_curves(monkeypatch):
     """Drawing them takes longer than all the rest of these runs, and is not what is tried here."""
     blank = np.full((4, 4, 3), 255, np.uint8)
-    monkeypatch.setattr(pictures, "curves", lambda path, lines: pictures.save_png(path, blank))
+    monkeypatch.setattr(pictures, "curves", lambda path, lines, stages: pictures.save_png(path, blank))
 
 
 PROBES = '[metrics.latent_probes]\nclass_factor = "digit"\n'

@@ -12,7 +12,8 @@ from torch import nn
 
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
-from siv_core.model import Betas, Model
+from siv_core.losses import Betas
+from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Spec
 from siv_core.testing import _ToyPrior

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from siv_core.errors import PluginError, SivError, UserError, near_miss
-from siv_core.model import Betas, Model
+from siv_core.losses import Betas
+from siv_core.model import Model
 from siv_core.nets import Priors, lr_factors, set_stage
 from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec, Stage
 from siv_core.recipe.catalogue import Catalogue, blame, words

@@ -27,7 +27,8 @@ from torch import Tensor
 from siv_core import latents, losses
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian, Posterior
-from siv_core.model import Betas, Model
+from siv_core.losses import Betas
+from siv_core.model import Model
 from siv_core.nets import sources, tree_map
 from siv_core.protocols import Nets
 from siv_core.seeding import Streams
