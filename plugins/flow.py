@@ -74,6 +74,7 @@ class Flow(nn.Module):
         return z
 
     def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        z = z.to(self.couplings[0].layers[0].weight.dtype)  # type: ignore[union-attr, index]
         stretched = z.new_zeros(len(z))
         for coupling, h in zip(reversed(self.couplings), reversed(self.given), strict=True):
             b, a = z[:, : self.dim - h], z[:, self.dim - h :]

@@ -89,7 +89,7 @@ class Mixture:
 
     def joint(self, z: Tensor) -> Tensor:
         """ln w_k N(z; k) of z [N, d]: [N, K], by two products of matrices; nothing of the size N · K · d is made."""
-        mu, logvar = self.parts
+        mu, logvar = (part.to(z.dtype) for part in self.parts)  # a model takes KLs in float64
         centre = mu.detach().mean(dim=0)  # squares are taken around it, so that little is lost where modes lie far from 0
         z, mu = z - centre, mu - centre
         precision = torch.exp(-logvar)  # [K, d]

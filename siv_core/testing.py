@@ -165,6 +165,10 @@ def check_prior(prior: Any, dim: int, spec: Spec) -> None:
     of_kl = draw_kl(512, generator) if draw_kl else None
     value = distribution.kl(q, of_kl)
     assert value.shape == (512,), "kl gives [N]"
+    wide = distribution.kl(Gaussian(q.mu.double(), q.logvar.double()), tree_map(of_kl, Tensor.double))
+    assert torch.allclose(wide.float(), value.float(), rtol=1e-2, atol=1e-2), (
+        "kl of float64 posteriors, as models take it, differs"
+    )
     if hasattr(prior, "logvar_bounds") and prior.logvar_bounds() is not None:
         low, high = prior.logvar_bounds()
         assert low.shape == high.shape == (dim,), "logvar_bounds gives two tensors [d]"
