@@ -357,7 +357,7 @@ def test_wrong_uses_from_python(trained, tmp_path):
     with pytest.raises(UserError, match="no pictures in this folder"):
         own_pictures.expand([tmp_path / "empty"])
     with pytest.raises(UserError, match="translating takes a class and a content group"):
-        apply.taken(["class"], model)
+        apply.taken(["class"], model, ("class", "content"))
     with pytest.raises(UserError, match="--device tpu: expected auto, cpu, cuda or cuda:N"):
         siv_core.load(trained.run, device="tpu")
 

@@ -138,8 +138,8 @@ def test_the_batch_changes_nothing_and_the_seed_chooses() -> None:
     data = Pictures()
     model = model_of(data, lambda x: 0.5 * x)
     expected = measure(data, model, batch=1000).values
-    for batch in (1, 5):
-        assert measure(data, model, batch=batch).values == pytest.approx(expected, rel=1e-5)
+    for batch in (1, 5):  # an SSIM is a float32, and so is what it differs by from image to image
+        assert measure(data, model, batch=batch).values == pytest.approx(expected, rel=1e-4)
     some, again, other = (measure(data, model, count=6, seed=seed) for seed in (0, 0, 1))
     assert some == again
     assert some.values["mse"] != other.values["mse"]
