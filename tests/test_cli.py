@@ -32,7 +32,7 @@ from siv_core.runs import check as inspect
 from siv_core.store import checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.train import stage
-from siv_core.use import apply, own_pictures
+from siv_core.use import apply, evaluate, own_pictures
 
 CORE = Path(siv_core.__file__).parent
 ROOMS = [f"{room}.{path.stem}" for room in ("cli", "data") for path in sorted((CORE / room).glob("[a-z]*.py"))]
@@ -357,7 +357,7 @@ def test_wrong_uses_from_python(trained, tmp_path):
     with pytest.raises(UserError, match="no pictures in this folder"):
         own_pictures.expand([tmp_path / "empty"])
     with pytest.raises(UserError, match="translating takes a class and a content group"):
-        apply.taken(["class"], model, ("class", "content"))
+        evaluate.translated_groups(model)
     with pytest.raises(UserError, match="--device tpu: expected auto, cpu, cuda or cuda:N"):
         siv_core.load(trained.run, device="tpu")
 
