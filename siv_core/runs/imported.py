@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-import sys
-import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import attrs
-import torch
 from torch import nn
 
 from siv_core.errors import UserError, one_line
@@ -129,23 +123,13 @@ def _write(run_dir: RunDir, built: Built, tensors: checkpoint.Tensors, source: d
     files.write_json(run_dir.path / "resolved.json", recipe.resolved())
     owner = built.catalogue.owner
     manifest = {
-        "recipe": recipe.name,
-        "profiles": list(recipe.profiles),
-        "automatic_profile": recipe.automatic_profile,
-        "sets": list(recipe.sets),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        **record.made_by(recipe),
         "imported": source,
-        "seed": recipe.train.seed,
-        "threads": torch.get_num_threads(),
         "processes": 1,
         "device": None,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "libraries": {name: version(name) for name in record.LIBRARIES},
         "plugins": {f"network {choice.name}": str(owner("network", choice.name)) for choice in recipe.network},
         "data": {"name": recipe.data.name, "fingerprint": None, "notes": []},
-        "spec": attrs.asdict(attrs.evolve(built.spec, factors=dict(built.spec.factors))),
+        "spec": record.spec_told(built.spec),
         "warnings": [],
         "history": [],
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in built.modules.items()},

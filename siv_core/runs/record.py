@@ -231,21 +231,11 @@ def manifest(trainer: Trainer) -> dict[str, Any]:
     device, data = trainer.device, trainer.built.dataset
     about: dict[str, Any] = getattr(data, "about", dict)()
     return {
-        "recipe": recipe.name,
-        "profiles": list(recipe.profiles),
-        "automatic_profile": recipe.automatic_profile,
-        "sets": list(recipe.sets),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "seed": recipe.train.seed,
-        "threads": torch.get_num_threads(),
+        **made_by(recipe),
         "processes": trainer.parallel.world,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu ({platform.processor() or platform.machine()})",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "libraries": {name: version(name) for name in LIBRARIES},
         "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
         "git": _git(),
         "data": {
@@ -255,11 +245,33 @@ def manifest(trainer: Trainer) -> dict[str, Any]:
             "notes": getattr(data, "notes", list)(),
             **about,
         },
-        "spec": attrs.asdict(attrs.evolve(trainer.built.spec, factors=dict(trainer.built.spec.factors))),
+        "spec": spec_told(trainer.built.spec),
         "reconstruction": getattr(trainer.built.reconstruction, "identity", None),
         "warnings": trainer.health.told,
         "parameters": {name: sum(map(torch.numel, player.parameters)) for name, player in trainer.players.items()},
     }
+
+
+def made_by(recipe: recipes.Recipe) -> dict[str, Any]:
+    """What a manifest says of the recipe, the command and the machine, whatever is made by it."""
+    return {
+        "recipe": recipe.name,
+        "profiles": list(recipe.profiles),
+        "automatic_profile": recipe.automatic_profile,
+        "sets": list(recipe.sets),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "seed": recipe.train.seed,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def spec_told(spec: Spec) -> dict[str, Any]:
+    """What a manifest says of the data's `Spec`: the inverse of `spec_of`."""
+    return attrs.asdict(attrs.evolve(spec, factors=dict(spec.factors)))
 
 
 def _git() -> str | None:
