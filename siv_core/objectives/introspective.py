@@ -89,8 +89,8 @@ def still(prior: Realised) -> dict[str, Distribution]:
 def regularised(
     loss: Tensor, terms: Terms, prior: Realised, z: Codes, q: Posterior, noise: Noise, c: Coeffs, nets: Nets
 ) -> tuple[Tensor, Terms]:
-    """With s Σ_g R_g(z) on top, where priors, which do not move for it, ask for it of the encoder."""
-    asked = losses.regulariser(still(prior), z, q, noise["kl"]["real"], nets.mean)
+    """With s Σ_g R_g(z) on top, where priors ask for it of the encoder; they are given detached, since they do not move for it."""
+    asked = losses.regulariser(prior, z, q, noise["kl"]["real"], nets.mean)
     if asked is None:
         return loss, terms
     return loss + c["scale"] * asked, {**terms, "regulariser": asked.expand(len(loss))}
