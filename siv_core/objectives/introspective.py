@@ -89,7 +89,7 @@ def still(prior: Realised) -> dict[str, Distribution]:
 def regularised(
     loss: Tensor, terms: Terms, prior: Realised, z: Codes, q: Posterior, noise: Noise, c: Coeffs, nets: Nets
 ) -> tuple[Tensor, Terms]:
-    """With s Σ_g R_g(z) on top, where priors ask for it of the encoder; they are given detached, since they do not move for it."""
+    """With s Σ_g R_g(z) on top, where priors ask for it of the encoder; they come detached, since none moves for it."""
     asked = losses.regulariser(prior, z, q, noise["kl"]["real"], nets.mean)
     if asked is None:
         return loss, terms
