@@ -58,7 +58,7 @@ class Model:
     def without_noise(self) -> Model:
         """The same model with a decoder that gets no noise of its own: nothing of what it shows is random."""
         if not hasattr(self.decoder, "draw"):
-            raise UserError("--no-noise: this model's decoder has none of its own; leave it out")
+            raise UserError("noise: this model's decoder has none of its own: leave out --no-noise")
         return evolve(self, noise=False)
 
     def in_training_mode(self) -> Model:

@@ -533,6 +533,14 @@ def test_what_does_not_fit_is_told_before_anything_begins(catalogue, tmp_path, p
     assert told in "\n".join(caught.value.problems), caught.value.problems
 
 
+def test_what_is_wrong_with_the_objective_is_told_once(catalogue, tmp_path):
+    """And not again by who looks whether it moves the prior."""
+    with pytest.raises(UserError) as caught:
+        trained(catalogue, tmp_path, {"name": "mixture", "clip_stage": 1}, beta_kl={"q": 1.0})
+    assert len(caught.value.problems) == 1
+    assert "objective.beta_kl: the groups are z, got q" in caught.value.problems[0]
+
+
 def test_a_group_that_the_network_does_not_have(catalogue, tmp_path):
     with pytest.raises(UserError, match=r"prior\.content: the network has no such group"):
         toys.trainer(catalogue, tmp_path, toys.tree(prior={"content": {"name": "mixture"}}))

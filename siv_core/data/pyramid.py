@@ -20,7 +20,7 @@ BLOCK_BYTES = 64 << 20
 def with_sizes(rows: Rows, fingerprint: Callable[[], str], sides: Iterable[int], progress: Progress) -> Rows:
     """The same rows with a pyramid of these sizes, each read from a file of area means rounded to bytes, which is made where it
     is not there yet: all sizes from the images as they are stored. Small sets are left alone, and so are images that are
-    no squares of bytes: of such a stage's sizes are means taken when they are asked for, unrounded.
+    no squares of bytes: their smaller sizes are means taken when they are asked for, unrounded.
 
     A set is known by its fingerprint. Like every data file they go on where they were interrupted, and a second process waits.
     """

@@ -63,6 +63,8 @@ def bring(
     built = build.build(recipe, catalogue, dataset, spec)
     tensors = _fitted(built, found, path)
     target = _empty(files.expanded(run_dir))
+    if any(True for _ in built.priors.parameters()):
+        watcher.say("the prior is not in the file: it is as this seed makes it")
     for line in (*found.notes, *([f"data '{recipe.data.name}' is not at hand: {lacking}"] if lacking else [])):
         watcher.say(line)
     _write(RunDir.at(target), built, tensors, {"format": name, "file": str(path), "sha256": digest, "notes": list(found.notes)})
