@@ -281,10 +281,7 @@ def _prior_stages(built: Built) -> None:
         late = {key: number for key, number in named.items() if number >= len(stages)}
         problems += [f"{place}.{key}: is {number}, the stages are 0 to {len(stages) - 1}" for key, number in late.items()]
         for key, number in getattr(prior, "learns_from", {}).items():
-            try:
-                phases = [phase for plan in stages[number:] for phase in built.objective(plan).phases]
-            except UserError:
-                continue  # told of the objective
+            phases = [phase for plan in stages[number:] for phase in built.objective(plan).phases]
             if key not in late and not any("prior" in phase.updates for phase in phases):
                 told = (
                     f'no objective moves the prior from stage {number} on: set objective.prior = "decoder" there, or leave it out'
