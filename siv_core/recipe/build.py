@@ -78,6 +78,8 @@ class Built:
         problems += [f"objective {plan.objective.name}: there is no player '{player}'" for player in sorted(unknown)]
         if 0 < self.recipe.train.micro_batch < plan.batch:
             problems += [f"train.micro_batch: {reason}" for reason in self.uncut(plan, built)]
+        if self.recipe.train.compile and self.recipe.train.keep_graphs:
+            problems.append("train.compile: a compiled phase leaves no graph to the next one: set train.keep_graphs to false")
         if problems:
             raise UserError(problems)
         return built

@@ -40,6 +40,9 @@ class Train:
     seed: int = option(0, doc="of everything random", ge=0, lt=2**63)
     micro_batch: int = option(0, doc="samples a forward pass, less memory, same result; 0: the whole batch", ge=0)
     keep_graphs: bool = option(False, doc="later phases reuse what earlier ones made: less time with small networks, more memory")
+    compile: bool = option(
+        False, doc="phases through torch.compile: a minute or more at first, then less time with small networks"
+    )
     precision: str = option("fp32", doc="of the networks; losses are always fp32", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, doc="on CUDA: only algorithms that give the same bits again")
     channels_last: bool = option(False, doc="memory layout of images and convolutions")

@@ -17,8 +17,9 @@ from siv_core.protocols import Batch, Nets, Objective, Stage
 from siv_core.recipe.forward import check_forward
 from siv_core.recipe.options import Optim
 from siv_core.recipe.recipe import StagePlan
+from siv_core.train.compiled import CompiledPlay
 from siv_core.train.players import changed, state_of, take_over
-from siv_core.train.step import tensors_of
+from siv_core.train.step import Played, play, tensors_of
 
 if TYPE_CHECKING:
     from siv_core.train.trainer import Trainer
@@ -35,6 +36,7 @@ class ActiveStage:
     coeffs: dict[str, Any]
     sources: Any
     told: list[Any]  # the modules that are told the stage
+    play: Callable[..., Played]  # a phase, as it is or compiled
 
     def set_fade(self, fade: float) -> None:
         """In place: who was given the tensor sees it move. At 1 all are told that nothing fades any more."""
@@ -66,6 +68,8 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
     check_forward(built, modules, shape, device)
     if len(trainer.schedule.plans) > 1:
         trainer.observer.say(said(trainer, number, shape))
+    if train.compile:
+        trainer.observer.say("the first step of each phase waits for the compiler, a minute or more")
     if begins:
         begin(trainer, stage, plan.batch)
         find_peers(trainer, plan, shape)
@@ -84,6 +88,7 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
         coeffs=tensors_of(objective.coeffs, device),
         sources=sources(built.networks.groups, built.priors, built.networks.decoder),
         told=told,
+        play=CompiledPlay() if train.compile else play,
     )
 
 

@@ -30,7 +30,7 @@ from siv_core.train.players import Follower, Kept, Player, Weights
 from siv_core.train.schedule import Schedule
 from siv_core.train.stage import ActiveStage
 from siv_core.train.stats import Stats
-from siv_core.train.step import added, clipped, micro_batches, play
+from siv_core.train.step import added, clipped, micro_batches
 from siv_core.train.views import Views
 
 ASK_EVERY = 10  # steps between two times that several processes agree on whether to stop
@@ -189,7 +189,7 @@ class Trainer:
         played = []
         for i, (batch, noise) in enumerate(pieces):
             share = len(batch.x) / n
-            played.append(play(phase, parameters, active.nets, batch, noise, active.coeffs, carries[i], share, keep))
+            played.append(active.play(phase, parameters, active.nets, batch, noise, active.coeffs, carries[i], share, keep))
             carries[i] = played[-1].carry
         gradients, row = added(played)
         present = [gradient for gradient in gradients if gradient is not None]
