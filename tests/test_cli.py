@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 import subprocess
@@ -18,20 +17,19 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from attrs import evolve
 from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
-from toys import SMALL, trainer, tree
+from toys import SMALL
 
 import siv_core
 from siv_core.data import datafile
 from siv_core.errors import UserError
 from siv_core.recipe import recipe
 from siv_core.runs import check as inspect
+from siv_core.runs import timing
 from siv_core.store import checkpoint
 from siv_core.store.rundir import RunDir
-from siv_core.train import stage
 from siv_core.use import apply, evaluate, own_pictures
 
 CORE = Path(siv_core.__file__).parent
@@ -430,7 +428,7 @@ def measured(known, text, device="cpu"):
 
 def test_check_measures_each_stage(catalogue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inspect, "MEASURED_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "MEASURED_SECONDS", 0.1)
     found = measured(catalogue, STAGED)
     assert (found["device"], found["data"], found["threads"]) == ("cpu", "digits", 1)
     assert [(stage["objective"], stage["steps"]) for stage in found["stages"]] == [("vae", 66), ("soft_intro_vae", 5)]
@@ -438,33 +436,11 @@ def test_check_measures_each_stage(catalogue, tmp_path, monkeypatch):
     assert min(vae, soft) > 0
     assert found["seconds"] == pytest.approx(66 * vae + 5 * soft)
     assert found["peak_bytes"] > 2**27
-    changes = [tuple(one["change"].items()) for one in found["settings"]]
-    assert changes[:3] == [(("precision", "bf16"),), (("channels_last", True),), (("keep_graphs", True),)]
-    assert all(one["share"] > 0 for one in found["settings"])
     assert list(tmp_path.iterdir()) == []  # no run, no statistics, no picture
 
 
-def test_settings_that_save_time_are_told_together(catalogue, monkeypatch):
-    """Times are made up: what is compared with what, and what is joined, is what is tried."""
-    shares = {"precision": 0.5, "channels_last": 1.2, "keep_graphs": 0.9}
-    asked = []
-
-    def share(base, built, known, change, device):
-        asked.append(change)
-        return math.prod(shares[key] for key in change)
-
-    monkeypatch.setattr(inspect, "MEASURED_SECONDS", 0.1)
-    monkeypatch.setattr(inspect, "_share", share)
-    found = measured(catalogue, STAGED)["settings"]
-    assert found[-1]["change"] == {"precision": "bf16", "keep_graphs": True}
-    assert found[-1]["share"] == pytest.approx(0.45)
-    assert len(asked) == 4
-    monkeypatch.setattr(inspect, "_share", lambda *args: 1.0)
-    assert len(measured(catalogue, STAGED)["settings"]) == 3  # nothing saves time: nothing is joined
-
-
 def test_what_is_not_at_hand_is_measured_on_random_numbers(catalogue, monkeypatch):
-    monkeypatch.setattr(inspect, "MEASURED_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "MEASURED_SECONDS", 0.1)
     small = STAGED.replace('name = "digits"', 'name = "cars3d"\nsize = 32')
     found = measured(catalogue, small)
     assert found["data"] == "random numbers of the shape [3, 32, 32]"
@@ -473,19 +449,6 @@ def test_what_is_not_at_hand_is_measured_on_random_numbers(catalogue, monkeypatc
     found = measured(catalogue, small + '[reconstruction]\nname = "vgg_perceptual"\n')
     assert list(found) == ["not_measured"]
     assert found["not_measured"].startswith("the weights of VGG-16 are not at hand")
-
-
-def test_a_share_is_the_time_with_a_change_over_that_without_it(monkeypatch, catalogue, tmp_path):
-    t = trainer(catalogue, tmp_path, tree())
-    t.active = stage.enter(t, 0)
-    times = {"bf16": 3.0, "fp32": 2.0}  # seconds a step
-
-    def other(built, catalogue, recipe, device):
-        return evolve(t, built=evolve(t.built, recipe=recipe))
-
-    monkeypatch.setattr(inspect, "_timed_trainer", other)
-    monkeypatch.setattr(inspect, "timed", lambda one, active, steps: steps * times[one.built.recipe.train.precision])
-    assert inspect._share(t, t.built, catalogue, {"precision": "bf16"}, t.device) == 1.5
 
 
 def test_the_device_goes_with_measuring(siv, tiny):

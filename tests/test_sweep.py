@@ -140,6 +140,7 @@ def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
         "table7": 24,
         "learned_priors_2d": 4 * 5 * 2,
         "learned_priors_images": 3 * 5 * 3,
+        "prior_regularisers": 2 * (1 + 2 + 4) * 3,
     }
     made = sweep.load(path)
     found = sweep.resolve(made, catalogue, cpu_only=False)

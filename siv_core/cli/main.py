@@ -274,9 +274,62 @@ def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
     watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
     if measured["device_peak_bytes"] is not None:
         watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
-    for one in measured["settings"]:
-        change = " ".join(f"--set train.{key}={json.dumps(value)}" for key, value in one["change"].items())
-        watcher.say(f"  with {change}: {one['share']:.2f} of the time a step")
+    watcher.say("  `siv tune` with the same arguments tells which settings of [train] are faster here")
+
+
+@cli.command()
+@options(
+    click.argument("recipe", type=PATH),
+    *override_options,
+    click.option("--setting", "settings", multiple=True, metavar="NAME", help="Try this setting of [train] alone."),
+    device_option,
+    json_option,
+)
+def tune(
+    recipe: Path, profiles: tuple[str, ...], sets: tuple[str, ...], settings: tuple[str, ...], device: str, as_json: bool
+) -> None:
+    """Time real steps of RECIPE with other settings of [train], and say which are faster here. Changes nothing."""
+    watcher = screen(as_json, at_once=True)
+    from siv_core.recipe import catalogue as catalogues
+    from siv_core.recipe import recipe as recipes
+    from siv_core.runs import device as devices
+    from siv_core.runs import tune as tuning
+
+    unknown = [f"--setting {name}: expected one of {', '.join(tuning.TRIED)}" for name in settings if name not in tuning.TRIED]
+    if unknown:
+        raise UserError(unknown)
+    catalogue = catalogues.load()
+    loaded = recipes.load(recipe, catalogue, profiles, sets, cpu_only=not devices.nvidia_present())
+    found = tuning.tune(loaded, catalogue, devices.pick_device(device), watcher.progress, settings or tuning.TRIED)
+    if as_json:
+        print_json(found)
+    else:
+        show_tuned(watcher, found)
+
+
+def show_tuned(watcher: Screen, found: dict[str, Any]) -> None:
+    if "not_measured" in found:
+        watcher.say(f"not measured: {found['not_measured']}")
+        return
+    names = tuple(f"stage {stage['stage']}, {1000 * stage['seconds']:.3g} ms" for stage in found["stages"])
+    rows = [
+        (_as_lines(one["change"], "\n") or "the recipe's own", *(f"{share:.2f}" for share in one["shares"].values()),
+         f"{one['share']:.2f}", "" if one["bytes"] is None else f"{one['bytes'] / 2**20:,.0f} MiB", one["numbers"])
+        for one in found["rows"]
+    ]  # fmt: skip
+    title = f"time a step on {found['device']}, {found['threads']} threads, with {found['data']}, as shares of the recipe's own"
+    watcher.table(title, ("setting", *names, "training", "memory", "numbers"), rows)
+    for one in found["left_out"]:
+        watcher.say(f"left out: {_as_lines(one['change'], ' ')}: {one['reason']}")
+    for key, what in (("lines", "the same numbers to rounding"), ("lines_of_other_numbers", "other numbers, which a run tells")):
+        if found[key]:
+            watcher.say(f"fastest with {what}: put into [train]\n{_as_lines(found[key], chr(10))}")
+    if not found["lines"]:
+        watcher.say("nothing that leaves the numbers as they are saves time here")
+
+
+def _as_lines(change: dict[str, Any], between: str) -> str:
+    return between.join(f"{key} = {json.dumps(value)}" for key, value in change.items())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,13 +32,14 @@ def lacking(device: torch.device) -> list[str]:
 
 
 class CompiledPlay:
-    """`step.play`, compiled anew for each stage: what was made for an earlier one is never used again."""
+    """`step.play`, compiled anew for each stage: what was made for an earlier one goes with it."""
 
     def __init__(self) -> None:
         import torch._dynamo  # takes seconds to import, so only where it is asked for
 
-        torch.compiler.reset()
-        self._play = torch.compile(play, fullgraph=True, dynamic=False)
+        own = FunctionType(play.__code__.replace(), play.__globals__)  # programs are kept by code object
+        own.__defaults__ = play.__defaults__
+        self._play = torch.compile(own, fullgraph=True, dynamic=False)
 
     def __call__(self, phase: Any, *arguments: Any) -> Played:
         with _told(phase.name), torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=SHAPES):
