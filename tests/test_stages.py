@@ -17,6 +17,7 @@ from siv_core.recipe.options import Optim
 from siv_core.recipe.recipe import Choice, StagePlan
 from siv_core.store import checkpoint
 from siv_core.train import stage
+from siv_core.train.players import Player
 from siv_core.train.schedule import Schedule
 
 crash.preload()
@@ -308,3 +309,16 @@ def test_an_average_warms_up_and_may_average_buffers():
     torch.testing.assert_close(averaged.module.running_mean, torch.full((2,), 6.0))
     averaged.follow(source, 9000, 10_000)  # after the warm-up it is the half-life of the recipe
     torch.testing.assert_close(averaged.module.weight.data, torch.full((2,), 2.75))
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_moves_the_same_weights():
+    """The fused Adam goes through memory, whatever the strides."""
+    start, gradient = torch.arange(6.0).reshape(2, 3), torch.linspace(-1, 1, 6).reshape(3, 2).t()
+    plain = torch.nn.Parameter(start.clone())
+    plain.grad = gradient.contiguous()
+    torch.optim.Adam([plain], lr=0.1, eps=1.0).step()
+    module = torch.nn.ParameterDict({"w": torch.nn.Parameter(start.clone())})
+    player = Player.of("encoder", module)
+    player.configure(lr=0.1, betas=(0.9, 0.999), eps=1.0, weight_decay=0.0)
+    player.step([gradient])
+    torch.testing.assert_close(module["w"], plain)

@@ -292,7 +292,8 @@ def test_what_only_shows_when_it_is_built_is_told_before_the_first_trial(read, c
 def test_steps_of_trials(read, catalogue):
     swept = read(HEAD + 'seeds = [0, 1]\n[[trials]]\nlabel = "a"\n[[trials]]\nlabel = "b"\ntrain.length = "3 epochs"\n')
     found = sweep_jobs.prepare(swept, sweep.resolve(swept, catalogue, cpu_only=False), catalogue, Silent())
-    assert found == {"a_seed=0": 12, "a_seed=1": 12, "b_seed=0": 66, "b_seed=1": 66}  # 3 × 1,400 / 64, rounded up
+    steps = {name: made.steps for name, made in found.items()}
+    assert steps == {"a_seed=0": 12, "a_seed=1": 12, "b_seed=0": 66, "b_seed=1": 66}  # 3 × 1,400 / 64, rounded up
 
 
 def test_steps_of_all_trials_are_theirs_and_the_last_waits_for_the_end(tmp_path):
@@ -307,7 +308,7 @@ def test_steps_of_all_trials_are_theirs_and_the_last_waits_for_the_end(tmp_path)
     run.path.mkdir()
     (run.path / "stats.jsonl").write_text('{"step": 12}\n')
     job = sweep_jobs.Job("one", ("--help",), run, tmp_path / "log.txt", steps=12)
-    assert sweep_jobs.Crew(Watched(), limit=1).work([job], until=None)
+    assert sweep_jobs.Crew(Watched(), limit=1).work([sweep_jobs.Bundle((job,))], until=None)
     assert set(seen[:-1]) == {(11, 12)}
     assert seen[-1] == (12, 12)
 

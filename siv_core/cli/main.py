@@ -21,7 +21,7 @@ from siv_core.cli.data import data
 from siv_core.cli.ood import ood
 from siv_core.cli.plugins import describe, list_plugins
 from siv_core.cli.recipes import recipes
-from siv_core.cli.sweep import sweep
+from siv_core.cli.sweep import run_stack, sweep
 from siv_core.cli.use import encode, evaluate, interpolate, reconstruct, sample, show_metrics, translate
 from siv_core.errors import SivError, UserError
 from siv_core.store.files import REMEDIES
@@ -123,7 +123,21 @@ def cli(traceback: bool) -> None:
     """Train, measure and use introspective variational autoencoders."""
 
 
-for command in (data, list_plugins, describe, recipes, sweep, evaluate, sample, reconstruct, interpolate, translate, encode, ood):
+for command in (
+    data,
+    list_plugins,
+    describe,
+    recipes,
+    sweep,
+    run_stack,
+    evaluate,
+    sample,
+    reconstruct,
+    interpolate,
+    translate,
+    encode,
+    ood,
+):
     cli.add_command(command)
 
 

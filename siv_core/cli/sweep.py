@@ -29,6 +29,9 @@ LINE_SECONDS = 30.0  # between two lines about the whole: a sweep takes longer t
         "--only", multiple=True, metavar="TRIAL", help="Run this trial alone; its name as in --dry-run, also 'VAE_*'; repeatable."
     ),
     click.option("--jobs", type=click.IntRange(1), help="Trials at a time, one thread each; default: cores, on CUDA 1."),
+    click.option(
+        "--stack", type=click.IntRange(2), metavar="N", help="Train up to N trials as one, where they differ in numbers alone."
+    ),
     set_option,
     click.option("--max-time", callback=seconds, metavar="8m", help="Stop the whole sweep then, with checkpoints."),
     device_option,
@@ -41,6 +44,7 @@ def sweep(
     root: Path | None,
     only: tuple[str, ...],
     jobs: int | None,
+    stack: int | None,
     sets: tuple[str, ...],
     max_time: float | None,
     device: str,
@@ -68,7 +72,7 @@ def sweep(
         return
     ended: dict[str, str] = {}
     if not only_table:
-        ended = run_trials(plan, recipes, chosen, root, watcher, jobs, max_time, device)
+        ended = run_trials(plan, recipes, chosen, root, watcher, jobs, stack, max_time, device)
     outcomes = sweep_table.outcomes(plan, recipes, root)
     result = report(plan, outcomes, root, watcher)
     if as_json:
@@ -84,6 +88,7 @@ def run_trials(
     root: Path,
     watcher: Screen,
     limit: int | None,
+    stack: int | None,
     max_time: float | None,
     device: str,
 ) -> dict[str, str]:
@@ -97,14 +102,15 @@ def run_trials(
 
     begun, watcher.line_seconds = time.monotonic(), LINE_SECONDS
     on_cpu = devices.pick_device(device).type == "cpu"
-    steps = sweep_jobs.prepare(plan, recipes, catalogues.load(), watcher)
+    made = sweep_jobs.prepare(plan, recipes, catalogues.load(), watcher)
     files.make_folder(root)
     with RunDir(root).locked():
         files.write_bytes(root / "sweep.toml", plan.source)
         states = {one.trial.name: one.state for one in sweep_table.outcomes(plan, recipes, root) if one.trial.name in chosen}
         todo = [name for name, state in states.items() if state not in ("finished", "diverged")]
-        limit = limit or (memory.cores() if on_cpu else 1)
-        crew = sweep_jobs.Crew(watcher, limit)
+        limit = limit or (memory.cores() if on_cpu and not stack else 1)
+        # a trial alone has one thread, so that its numbers do not depend on how many there are at a time
+        crew = sweep_jobs.Crew(watcher, limit, max(1, memory.cores() // limit) if stack else 1)
         counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
         watcher.say(
             f"{root}: {len(states)} trials ({', '.join(f'{n} {state}' for state, n in counts.items())}), {limit} at a time"
@@ -112,9 +118,12 @@ def run_trials(
         for name, state in states.items():
             if state == "diverged":
                 watcher.say(f"{name} diverged before and would again: move {root / name} away to try it once more")
-        jobs = sweep_jobs.jobs_of(plan, todo, steps, root, device)
+        jobs = sweep_jobs.jobs_of(plan, todo, made, root, device)
+        bundles = [sweep_jobs.Bundle((job,)) for job in jobs]
+        if stack:
+            bundles = sweep_jobs.bundled(plan, jobs, made, root, device, stack, watcher)
         try:
-            if not crew.work(jobs, None if max_time is None else begun + max_time):
+            if not crew.work(bundles, None if max_time is None else begun + max_time):
                 watcher.say(f"stopped after {max_time:.0f} s as asked; the same command goes on")
         except Stopped as stop:
             watcher.say(f"{stop}; the same command goes on")
@@ -173,3 +182,18 @@ def fail(states: list[str]) -> None:
         raise SivError(f"of {len(states)} trials {told}")
     if diverged:
         raise Diverged(f"of {len(states)} trials {told}")
+
+
+@click.command("stack", hidden=True)
+@options(click.argument("plan", type=PATH))
+def run_stack(plan: Path) -> None:
+    """Train the runs of PLAN as one; what `siv sweep --stack` starts."""
+    watcher = screen()
+    from siv_core.runs import together
+    from siv_core.store import files
+
+    members, device, ended = together.read(plan)
+    codes = together.run(members, device, watcher)
+    files.write_json(ended, codes)
+    if set(codes.values()) != {0}:
+        raise click.exceptions.Exit(max(codes.values()))

@@ -25,7 +25,7 @@ from siv_core.store import checkpoint, files, rundir
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.train import compiled, parallel
-from siv_core.train.trainer import Trainer
+from siv_core.train.trainer import Trainer, Training, driven
 from siv_core.use import evaluate, pictures
 
 
@@ -113,6 +113,11 @@ def request_of(**overrides: Any) -> Request:
 
 def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Request, watcher: Watcher) -> Run:
     """Data, networks, run directory, training, pictures and metrics, in this order."""
+    return driven(steps(recipe, catalogue, request, watcher))
+
+
+def steps(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Request, watcher: Watcher) -> Training[Run]:
+    """The same as what there is to do before and after each step; who drives it does the steps."""
     for line in catalogue.slow:
         watcher.say(line)
     device = pick_device(request.device)
@@ -146,7 +151,7 @@ def start(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     run_dir = _run_dir(recipe, request, processes, watcher)
     with run_dir.locked() if processes.main else contextlib.nullcontext():
         try:
-            return _train_and_measure(built, run_dir, first, device, processes, request, watcher)
+            return (yield from _train_and_measure(built, run_dir, first, device, processes, request, watcher))
         except Exception as error:
             if not isinstance(error, SivError):
                 run_dir.log("".join(traceback.format_exception(error)).rstrip())
@@ -161,7 +166,7 @@ def _train_and_measure(
     processes: parallel.Parallel,
     request: Request,
     watcher: Watcher,
-) -> Run:
+) -> Training[Run]:
     prepare = getattr(built.reconstruction, "prepare", None)
     if prepare:
         prepare()
@@ -185,7 +190,7 @@ def _train_and_measure(
     counters = trainer.counters
     try:
         with watcher.training(trainer, request.max_seconds):
-            state = _train(trainer, request, watcher)
+            state = yield from _train(trainer, request, watcher)
         if state == "finished" and processes.main:
             finish(trainer, watcher)
     except (Stopped, KeyboardInterrupt) as stop:
@@ -209,7 +214,7 @@ def _train_and_measure(
     return Run(run_dir.path, state)
 
 
-def _train(trainer: Trainer, request: Request, watcher: Watcher) -> str:
+def _train(trainer: Trainer, request: Request, watcher: Watcher) -> Training[str]:
     """The loop, with the pictures and the metrics that are due in it; neither changes a bit of it."""
     built, run_dir = trainer.built, trainer.rundir
     metrics = built.metrics()
@@ -233,7 +238,7 @@ def _train(trainer: Trainer, request: Request, watcher: Watcher) -> str:
             watcher.say(f"step {step:,}: {', '.join(names)} measured in {seconds:.1f} s, see {run_dir.path / 'metrics.jsonl'}")
         trainer.parallel.wait()  # not in the sum of the next step, which gives up sooner
 
-    return trainer.run(request.max_seconds, preview, measure)
+    return (yield from trainer.loop(request.max_seconds, preview, measure))
 
 
 def finish(trainer: Trainer, watcher: Watcher) -> None:

@@ -17,17 +17,19 @@ from attrs import define, field, frozen
 
 from siv_core.errors import UserError
 from siv_core.recipe import build
+from siv_core.recipe.build import Built
 from siv_core.recipe.catalogue import Catalogue
-from siv_core.recipe.recipe import Recipe
-from siv_core.runs import record
+from siv_core.recipe.recipe import Recipe, differences
+from siv_core.runs import record, together
 from siv_core.store import files
 from siv_core.store.rundir import RunDir
 from siv_core.sweep.sweep import Sweep, Trial, for_each
 from siv_core.sweep.table import busy
+from siv_core.train import stacked
 
 POLL_SECONDS = 0.2
 TAIL_LINES = 6  # of a failed trial's log
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class Board(Protocol):
@@ -52,19 +54,54 @@ class Job:
     steps: int
 
 
+@frozen
+class Bundle:
+    """What one process runs: a trial, or several that are trained as one by the `plan` in a file."""
+
+    jobs: tuple[Job, ...]
+    plan: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.plan.stem if self.plan else self.jobs[0].name
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return ("stack", str(self.plan)) if self.plan else self.jobs[0].command
+
+    @property
+    def log(self) -> Path:
+        return self.plan.with_suffix(".txt") if self.plan else self.jobs[0].log
+
+    def codes(self, code: int) -> dict[str, int]:
+        """{trial: exit code} when the process ended with `code`."""
+        told = self.plan.with_suffix(".ended") if self.plan else None
+        own = json.loads(told.read_text()) if told and told.exists() else {}
+        return {job.name: own.get(job.name, code) for job in self.jobs}
+
+
 @define
 class Working:
-    """A job in hand; without a process where another `siv` is working on its run."""
+    """A bundle in hand; without a process where another `siv` is working on its run."""
 
-    job: Job
+    bundle: Bundle
     process: subprocess.Popen[bytes] | None
 
 
 # -- before the first one --------------------------------------------------------------------------------------------------------
 
 
-def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], catalogue: Catalogue, board: Board) -> dict[str, int]:
-    """{trial: its steps}: the data at hand and prepared, every trial built once. A `UserError` has all that does not fit."""
+@frozen
+class Made:
+    """What is known of a trial once it was built: its steps, and what may be trained as one with it."""
+
+    steps: int
+    unfit: tuple[str, ...]
+    alike: dict[str, Any]
+
+
+def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], catalogue: Catalogue, board: Board) -> dict[str, Made]:
+    """The data at hand and prepared, every trial built once. A `UserError` has all that does not fit."""
     datasets: dict[str, Any] = {}
 
     def dataset(recipe: Recipe) -> Any:
@@ -79,24 +116,28 @@ def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], catalogue: Catalogue, b
     at_hand = for_each(sweep, recipes, dataset)
     for one in datasets.values():
         one.prepare(board.progress)
-    steps: dict[str, int | UserError] = {}
+    known: dict[str, Made | UserError] = {}
 
-    def built(name: str) -> int:
+    def built(name: str) -> Made:
         tree = recipes[name].resolved()
         key = json.dumps({**tree, "train": {**tree["train"], "seed": 0}}, sort_keys=True)  # a seed changes no shape
-        if key not in steps:
+        if key not in known:
             try:
                 made = build.build(recipes[name], catalogue, at_hand[name])
                 lacking = build.missing(made)
-                steps[key] = UserError(lacking) if lacking else record.schedule_of(made).total
+                known[key] = UserError(lacking) if lacking else _made(made)
             except UserError as error:
-                steps[key] = error
-        found = steps[key]
+                known[key] = error
+        found = known[key]
         if isinstance(found, UserError):
             raise found
         return found
 
     return for_each(sweep, {name: name for name in recipes}, built)
+
+
+def _made(built: Built) -> Made:
+    return Made(record.schedule_of(built).total, tuple(stacked.unfit(built)), stacked.alike(built))
 
 
 def command(trial: Trial, run: Path, device: str) -> tuple[str, ...]:
@@ -111,22 +152,23 @@ def command(trial: Trial, run: Path, device: str) -> tuple[str, ...]:
 
 @define
 class Crew:
-    """Runs jobs; `ended` holds how each ended: finished, stopped, diverged or failed."""
+    """Runs bundles of jobs; `ended` holds how each job ended: finished, stopped, diverged or failed."""
 
     board: Board
     limit: int
+    threads: int = 1  # of a process
     total: int = 0
     done: int = 0
     working: dict[str, Working] = field(factory=dict)
     ended: dict[str, str] = field(factory=dict)
 
-    def work(self, jobs: Sequence[Job], until: float | None) -> bool:
+    def work(self, bundles: Sequence[Bundle], until: float | None) -> bool:
         """All of them, or to the moment `until` of the monotonic clock; whether all were begun and ended by themselves.
 
         Raises `Stopped` at a signal; no child is left over in any case.
         """
-        waiting = deque(jobs)
-        self.total = sum(job.steps for job in jobs)
+        waiting = deque(bundles)
+        self.total = sum(job.steps for bundle in bundles for job in bundle.jobs)
         self.board.at_end = self.kill
         try:
             while waiting or self.working:
@@ -135,67 +177,83 @@ class Crew:
                 self.look(waiting)
                 while waiting and len(self.working) < self.limit:
                     self.start(waiting.popleft())
-                inside = sum(step_of(one.job) for one in self.working.values())
-                before = sum(step_of(job) for job in waiting)
+                inside = sum(step_of(job) for one in self.working.values() for job in one.bundle.jobs)
+                before = sum(step_of(job) for bundle in waiting for job in bundle.jobs)
                 # the last step is not the end: metrics and pictures come after it
                 self.board.progress("steps of all trials", min(self.done + inside + before, self.total - 1), self.total)
                 for one in self.working.values():
-                    self.board.beside(one.job.name, step_of(one.job), one.job.steps)
+                    jobs = one.bundle.jobs
+                    self.board.beside(one.bundle.name, sum(map(step_of, jobs)), sum(job.steps for job in jobs))
                 time.sleep(POLL_SECONDS)
             self.board.progress("steps of all trials", self.total, self.total)
             return True
         finally:
             self.stop()
 
-    def start(self, job: Job) -> None:
-        if busy(job.run):
-            self.board.say(f"{job.name}: another process is working on it, waiting for that one")
-            self.working[job.name] = Working(job, None)
+    def start(self, bundle: Bundle) -> None:
+        others = [job for job in bundle.jobs if busy(job.run)]
+        if others:
+            for job in others:
+                self.board.say(f"{job.name}: another process is working on it, waiting for that one")
+            self.working[bundle.name] = Working(bundle, None)
             return
-        step = step_of(job)
-        self.board.say(f"{'going on with' if step else 'starting'} {job.name}{f' at step {step:,}' if step else ''}")
-        environment = {**os.environ, **ONE_THREAD}
-        line = [sys.executable, "-P", "-m", "siv_core.cli.main", *job.command]
-        with job.log.open("wb") as log:
+        for job in bundle.jobs:
+            step = step_of(job)
+            self.board.say(f"{'going on with' if step else 'starting'} {job.name}{f' at step {step:,}' if step else ''}")
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads))}
+        line = [sys.executable, "-P", "-m", "siv_core.cli.main", *bundle.command]
+        if bundle.plan:
+            bundle.plan.with_suffix(".ended").unlink(missing_ok=True)
+        with bundle.log.open("wb") as log:
             # a session of its own: Ctrl-C in the terminal reaches the sweep alone, which passes it on once
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        self.working[job.name] = Working(job, process)
+        self.working[bundle.name] = Working(bundle, process)
 
-    def look(self, waiting: deque[Job]) -> None:
+    def look(self, waiting: deque[Bundle]) -> None:
         """Take in what has ended."""
         for name, one in list(self.working.items()):
-            if one.process is None and not busy(one.job.run):
+            if one.process is None and not any(busy(job.run) for job in one.bundle.jobs):
                 del self.working[name]
-                waiting.appendleft(one.job)
+                waiting.appendleft(one.bundle)
             elif one.process is not None and one.process.poll() is not None:
                 del self.working[name]
-                self.board.over(name)
-                self.done += one.job.steps
-                self.ended[name] = self.told(one.job, one.process.returncode)
+                self.over(one.bundle, one.process.returncode)
 
-    def told(self, job: Job, code: int) -> str:
+    def over(self, bundle: Bundle, code: int) -> None:
+        """A process ended: how each of its jobs did."""
+        self.board.over(bundle.name)
+        codes = bundle.codes(code)
+        for job in bundle.jobs:
+            self.done += job.steps
+            own = job.log if job.log.exists() and job.log.stat().st_size else bundle.log
+            self.ended[job.name] = self.told(job, codes[job.name], own)
+
+    def told(self, job: Job, code: int, log: Path) -> str:
         """How it ended, in a word, after that was said."""
         state = {0: job.run.state() if code == 0 else "", 3: "diverged", 128 + signal.SIGTERM: "stopped"}.get(code, "failed")
-        self.board.say(f"{state} {job.name}" + (f" ({_reason(code)}), see {job.log}" if state in ("failed", "diverged") else ""))
+        self.board.say(f"{state} {job.name}" + (f" ({_reason(code)}), see {log}" if state in ("failed", "diverged") else ""))
         if state == "failed":
-            for line in tail(job.log):
+            for line in tail(log):
                 self.board.say(f"    {line}")
         return state
 
     def stop(self) -> None:
         """Ask every child for its end, and wait for the checkpoints."""
-        children = {name: one for name, one in self.working.items() if one.process}
-        for one in children.values():
+        children = [one for one in self.working.values() if one.process]
+        for one in children:
             assert one.process
             one.process.terminate()
-        for name, one in children.items():
+        for one in children:
             assert one.process
             code = one.process.wait()
-            self.board.over(name)
             # one that was not yet listening has nothing to save
-            self.ended[name] = "stopped" if code == -signal.SIGTERM else self.told(one.job, code)
+            if code == -signal.SIGTERM:
+                self.board.over(one.bundle.name)
+                self.ended.update(dict.fromkeys((job.name for job in one.bundle.jobs), "stopped"))
+            else:
+                self.over(one.bundle, code)
         self.working.clear()
 
     def kill(self) -> None:
@@ -226,7 +284,7 @@ def _reason(code: int) -> str:
     return f"ended by signal {-code}" if code < 0 else f"exit {code}"
 
 
-def jobs_of(sweep: Sweep, names: Sequence[str], steps: Mapping[str, int], root: Path, device: str) -> list[Job]:
+def jobs_of(sweep: Sweep, names: Sequence[str], made: Mapping[str, Made], root: Path, device: str) -> list[Job]:
     files.make_folder(root / "logs")
     chosen = [trial for trial in sweep.trials if trial.name in names]
     return [
@@ -235,7 +293,45 @@ def jobs_of(sweep: Sweep, names: Sequence[str], steps: Mapping[str, int], root: 
             command(trial, root / trial.name, device),
             RunDir(root / trial.name),
             root / "logs" / f"{trial.name}.txt",
-            steps[trial.name],
+            made[trial.name].steps,
         )
         for trial in chosen
     ]
+
+
+def bundled(
+    sweep: Sweep, jobs: Sequence[Job], made: Mapping[str, Made], root: Path, device: str, most: int, board: Board
+) -> list[Bundle]:
+    """Up to `most` jobs that are alike to a bundle, in the order of the sweep; who stays alone, and why, is said."""
+    trials = {trial.name: trial for trial in sweep.trials}
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        for reason in made[job.name].unfit:
+            board.say(f"{job.name} runs alone: {reason}")
+        own = job.name if made[job.name].unfit else json.dumps(made[job.name].alike, sort_keys=True)
+        groups.setdefault(own, []).append(job)
+    bundles: list[Bundle] = []
+    for group in groups.values():
+        for first in range(0, len(group), most):
+            part = tuple(group[first : first + most])
+            if len(part) == 1:
+                bundles.append(Bundle(part))
+                continue
+            plan = root / "logs" / f"stack-{len(bundles)}.json"
+            members = [
+                together.Member(job.name, str(trial.recipe), trial.profiles, trial.sets, str(job.run.path), str(job.log))
+                for job in part
+                for trial in [trials[job.name]]
+            ]
+            together.write(plan, members, device)
+            bundles.append(Bundle(part, plan))
+            board.say(f"{len(part)} trials are trained as one: {', '.join(job.name for job in part)}")
+    _say_what_differs(list(groups.values()), made, board)
+    return bundles
+
+
+def _say_what_differs(groups: list[list[Job]], made: Mapping[str, Made], board: Board) -> None:
+    fit = [group[0] for group in groups if not made[group[0].name].unfit]
+    for job in fit[1:]:
+        keys = [line.partition(":")[0] for line in differences(made[fit[0].name].alike, made[job.name].alike)]
+        board.say(f"{job.name} is not trained with {fit[0].name}: they differ in {', '.join(keys)}")

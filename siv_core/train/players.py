@@ -69,7 +69,7 @@ class Player:
         """One Adam step along these gradients; a parameter without one stays as it is."""
         if self.optimiser:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+                parameter.grad = None if gradient is None else laid_out(gradient, parameter)
             self.optimiser.step()
             for parameter in self.parameters:
                 parameter.grad = None
@@ -80,6 +80,13 @@ class Player:
 
     def restore(self, tensors: dict[str, Tensor], data: dict[str, Any], where: str) -> None:
         checkpoint.restore_optimiser(self.module, self.optimiser, tensors, where)
+
+
+def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's own order of memory: the fused Adam goes through both as they lie there."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 @define

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import define, field
+from torch import Tensor
 
 from siv_core.data import pyramid
 from siv_core.data.feed import Feed, blend
@@ -33,7 +34,26 @@ from siv_core.train.stats import Stats
 from siv_core.train.step import added, clipped, micro_batches
 from siv_core.train.views import Views
 
+T = TypeVar("T")
+Training = Generator["Trainer", None, T]  # yields where a step is to be done, and ends with a T
+
 ASK_EVERY = 10  # steps between two times that several processes agree on whether to stop
+
+
+def driven(training: Training[T]) -> T:
+    """A training by itself, step by step; what goes wrong in a step is raised where the training waits for it."""
+    try:
+        trainer = next(training)
+        while True:
+            assert trainer.active
+            try:
+                trainer.step(trainer.active)
+            except BaseException as error:
+                trainer = training.throw(error)
+            else:
+                trainer = next(training)
+    except StopIteration as end:
+        return end.value
 
 
 @define
@@ -107,7 +127,13 @@ class Trainer:
         preview: Callable[[str], None] = lambda name: None,
         measure: Callable[[list[str]], None] = lambda names: None,
     ) -> str:
-        """Train to the end of the last stage, or until `max_seconds` are over: "finished" or "stopped".
+        """Train to the end of the last stage, or until `max_seconds` are over: "finished" or "stopped"."""
+        return driven(self.loop(max_seconds, preview, measure))
+
+    def loop(
+        self, max_seconds: float | None, preview: Callable[[str], None], measure: Callable[[list[str]], None]
+    ) -> Training[str]:
+        """Training, as what there is to do before and after each step; who drives it does the step when this yields.
 
         `preview` draws a picture of this name, `measure` takes the metrics of these names. Raises `Stopped` when asked to by a
         signal, after a checkpoint, and `Diverged` without one.
@@ -122,7 +148,8 @@ class Trainer:
             active = self.active
 
             # The step
-            self.advance(active)
+            yield self
+            self.count(active)
             self.observer.stepped(counters.step, total, counters.images_seen)
 
             # What is due. Only counters decide, but for the wish to stop: that ends a run, it does not change it.
@@ -155,6 +182,10 @@ class Trainer:
     def advance(self, active: ActiveStage) -> None:
         """One step, its count, and the shadows after it."""
         self.step(active)
+        self.count(active)
+
+    def count(self, active: ActiveStage) -> None:
+        """A step was done: its count, and the shadows after it."""
         images_before = self.counters.images_seen
         self.counters.step += 1
         self.counters.images_seen += active.plan.batch
@@ -163,26 +194,31 @@ class Trainer:
 
     def step(self, active: ActiveStage) -> None:
         """One step: the same batch and noise for every phase, each phase moving its players alone."""
+        n = active.plan.batch
+        batch, noise = self.drawn(active)
+        pieces = micro_batches(batch, noise, self.parallel.share(n), n, self.built.recipe.train.micro_batch)
+        carries: list[dict[str, Any]] = [{} for _ in pieces]
+        for phase in active.objective.phases:
+            self.play(phase, active, pieces, carries)
+
+    def drawn(self, active: ActiveStage) -> tuple[Batch, Noise]:
+        """This process's batch of the step to come, x [share, …], and the noise of all n samples, a tree of tensors [n, …]."""
         n, counters = active.plan.batch, self.counters
         active.set_fade(self.schedule.fade(active.stage.number, counters.step))
         streams = Streams(self.built.recipe.train.seed, counters.step, self.device)
         share = self.parallel.share(n)
         shape, fade = active.stage.shape, active.stage.fade
-        batch = self.feed.next(self.order, counters.images_seen, n, share, streams, shape, self.layout)  # x [share, …]
+        batch = self.feed.next(self.order, counters.images_seen, n, share, streams, shape, self.layout)
         if fade is not None:
             batch = batch._replace(x=blend(batch.x, fade))
-        noise = active.objective.draw(n, streams, active.sources)  # a tree of tensors [n, …]
+        noise = active.objective.draw(n, streams, active.sources)
         if active.plan.views:
             noise = {**noise, "views": self.views.draw(active.plan.views, batch.x, counters.images_seen, n, share, streams)}
-        pieces = micro_batches(batch, noise, share, n, self.built.recipe.train.micro_batch)
-        carries: list[dict[str, Any]] = [{} for _ in pieces]
-        for phase in active.objective.phases:
-            self.play(phase, active, pieces, carries)
+        return batch, noise
 
     def play(self, phase: Phase, active: ActiveStage, pieces: list[tuple[Batch, Noise]], carries: list[dict[str, Any]]) -> None:
         """One phase: gradients for the players it updates and for them only, summed over micro-batches and processes."""
-        players = [self.players[name] for name in phase.updates]
-        parameters = [parameter for player in players for parameter in player.parameters]
+        parameters = [parameter for name in phase.updates for parameter in self.players[name].parameters]
         if not parameters:
             return
         n, keep = active.plan.batch, active.nets.keep_graphs and phase is not active.objective.phases[-1]
@@ -192,6 +228,12 @@ class Trainer:
             played.append(active.play(phase, parameters, active.nets, batch, noise, active.coeffs, carries[i], share, keep))
             carries[i] = played[-1].carry
         gradients, row = added(played)
+        self.move(phase, active, gradients, row, played[0].names)
+
+    def move(
+        self, phase: Phase, active: ActiveStage, gradients: list[Tensor | None], row: Tensor, names: tuple[str, ...]
+    ) -> None:
+        """Move the players of the phase along these gradients, in the order of their parameters, and count its statistics."""
         present = [gradient for gradient in gradients if gradient is not None]
         if not present:
             owner = self.built.catalogue.owner("objective", active.plan.objective.name)
@@ -200,8 +242,8 @@ class Trainer:
             )
         self.parallel.sum_(present)
         norm = clipped(present, self.built.recipe.train.clip_gradient)
-        self.stats.add(phase.name, self.counters.step, n, played[0].names, row, norm)
-        for player in players:
+        self.stats.add(phase.name, self.counters.step, active.plan.batch, names, row, norm)
+        for player in (self.players[name] for name in phase.updates):
             own, gradients = gradients[: len(player.parameters)], gradients[len(player.parameters) :]
             player.step(own)
 
