@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 from attrs import evolve
 
 from siv_core.data import feed
+from siv_core.data.ahead import Ahead
 from siv_core.protocols import Rows, Spec
+from siv_core.seeding import DataOrder, Streams
 
 CPU = torch.device("cpu")
 SPEC = Spec(shape=(3, 8, 8), classes=5)
@@ -142,3 +147,62 @@ def test_the_memory_layout_is_the_one_asked_for():
     assert plain.x.is_contiguous()
     assert last.x.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain.x, last.x)
+
+
+# -- fetched ahead ---------------------------------------------------------------------------------------------------------------
+
+
+def steps_of(one, sizes=((3, 8, 8),) * 4 + ((3, 4, 4),) * 4, n=6, start=0):
+    order = DataOrder(len(ROWS), 3)
+    shares = [slice(0, n)] * 6 + [slice(2, 5)] * 2  # 8 × 6 images of 16: across three epochs
+    return [
+        one.next(order, start + n * step, n, share, Streams(3, step), shape, CONTIGUOUS)
+        for step, (shape, share) in enumerate(zip(sizes, shares, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_rows_fetched_ahead_are_those_of_the_step(flips):
+    device, host = (feed.Feed(ROWS, SPEC, CPU, place, conditional=True, flips=flips) for place in ("device", "host"))
+    for ours, theirs in zip(steps_of(host), steps_of(device), strict=True):
+        assert torch.equal(ours.x, theirs.x)
+        assert torch.equal(ours.labels, theirs.labels)
+    again = steps_of(host, start=30)  # a step that was not looked forward to, as after a resume
+    for ours, theirs in zip(again, steps_of(device, start=30), strict=True):
+        assert torch.equal(ours.x, theirs.x)
+    assert host.waited > 0
+    assert device.waited == 0
+
+
+def test_each_step_fetches_the_next_one_meanwhile(monkeypatch):
+    host = feed.Feed(ROWS, SPEC, CPU, "host")
+    fetched, fetch = [], host._fetched
+
+    def fetching(positions, shape):
+        fetched.append(threading.current_thread().name)
+        return fetch(positions, shape)
+
+    monkeypatch.setattr(host, "_fetched", fetching)
+    steps_of(host, sizes=((3, 8, 8),) * 6 + ((3, 4, 4),) * 2)
+    host.ahead._pool.shutdown()
+    assert all(name.startswith("siv-rows") for name in fetched)
+    assert len(fetched) == 1 + 8 + 1  # the first, one for each next step, and one more where the share and the size changed
+
+
+def test_what_goes_wrong_in_the_thread_is_told_where_the_rows_are_asked_for(monkeypatch):
+    host = feed.Feed(ROWS, SPEC, CPU, "host")
+    monkeypatch.setattr(host, "_fetched", lambda positions, shape: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        steps_of(host)
+
+
+@pytest.mark.parametrize(("reading", "computing"), [(0.06, 0.02), (0.02, 0.06)])
+def test_the_time_that_data_are_waited_for(reading, computing):
+    """A disk that takes so long for each step, beside a step that computes so long."""
+    one, begun = Ahead(), time.monotonic()
+    for step in range(12):
+        one.get(step, lambda: time.sleep(reading))
+        one.start(step + 1, lambda: time.sleep(reading))
+        time.sleep(computing)
+    whole = time.monotonic() - begun
+    assert one.waited / whole == pytest.approx(max(0.0, (reading - computing) / reading), abs=0.05)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 import torch
 import toys
 from toys import SMALL
 
+from siv_core.data import feed
 from siv_core.errors import Diverged
 from siv_core.recipe.convert import Length
 from siv_core.recipe.options import Optim, Train
@@ -19,6 +21,7 @@ from siv_core.store.rundir import RunDir
 from siv_core.train import stage
 from siv_core.train.health import EXPLODED_GRADIENT, PATIENCE_TICKS, Monitor, advice, judge
 from siv_core.train.schedule import Schedule
+from siv_core.train.trainer import Trainer
 
 HEALTHY = {"kl_real": 20.0, "kl_prior": 22.0, "logvar_real": 4.0, "loss": 1.0, "gradient_norm": 0.1}
 
@@ -219,6 +222,32 @@ def test_a_run_that_collapses_says_so_everywhere_and_goes_on(tmp_path, monkeypat
     assert RunDir(tmp_path / "again").manifest()["warnings"] == [kept]
     lines = [[{**line, "wall": 0} for line in RunDir(tmp_path / name).read("stats")] for name in ("run", "again")]
     assert lines[0] == lines[1]
+
+
+def test_a_slow_disk_is_said_once_and_stands_in_the_run(tmp_path, monkeypatch):
+    """Of a set that is read while it is used, from a disk that takes twice the time of a step."""
+    fetch, step = feed.Feed._fetched, Trainer.step
+
+    def slow_fetch(self, positions, shape):
+        time.sleep(0.04)
+        return fetch(self, positions, shape)
+
+    def slow_step(self, active):
+        step(self, active)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(feed.Feed, "_fetched", slow_fetch)
+    monkeypatch.setattr(Trainer, "step", slow_step)
+    text = SMALL + '[objective]\nname = "vae"\n[train]\nlength = "40 steps"\ntick = "10 steps"\nresidency = "host"\n'
+    (tmp_path / "slow.toml").write_text(text)
+    told = Told()
+    session.run(tmp_path / "slow.toml", watcher=told, run_dir=tmp_path / "run", device="cpu")
+    shares = [line["wall"]["waiting_for_data"] for line in RunDir(tmp_path / "run").read("stats")]
+    assert all(0.2 < share < 0.9 for share in shares[1:])
+    [warning] = [line for line in told.lines if line.startswith("warning")]
+    assert re.match(r"warning: step 20: \d\d% of the time goes by waiting for the data", warning)
+    [kept] = RunDir(tmp_path / "run").manifest()["warnings"]
+    assert kept["text"] == warning
 
 
 def test_what_is_not_finite_names_step_phase_term_values_and_what_to_try(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
+from siv_core.data.ahead import Ahead
 from siv_core.protocols import Batch, Rows, Spec
 from siv_core.store import memory
 
@@ -90,14 +92,26 @@ class Feed:
         fits = wanted and not self.endless  # an endless split's table is not for training
         self.tables = {side: _placed(table, device) if fits else table for side, table in tables.items()}
         self.residency = "drawn" if self.endless else "device" if fits else "host"
+        self.ahead: Ahead[tuple[Tensor, Tensor | None]] | None = Ahead() if self.residency == "host" else None
+
+    @property
+    def waited(self) -> float:
+        """Seconds of all `next`s in which rows that are not on the device were waited for."""
+        return self.ahead.waited if self.ahead else 0.0
 
     def batch(self, positions: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
         """The samples at these positions of the split in `shape`, a size of the stage, which has rows of its own in a pyramid."""
+        return self._batch(*self._fetched(positions, shape), shape, layout)
+
+    def _fetched(self, positions: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Rows as they are stored, where their table is, and their labels."""
         at = self.rows.at(positions)
         side = 0 if tuple(self.rows.x.shape[1:]) == shape else shape[-1]
         table = self.tables.get(side, self.tables[0])
-        x = table[at.to(table.device)].to(self.device, non_blocking=True)
-        return self._batch(x, None if self.rows.labels is None else self.rows.labels[at], shape, layout)
+        x = table[at.to(table.device)]
+        if table.device != self.device:  # from pinned memory a copy goes on beside the device's work
+            x = x.pin_memory()
+        return x, None if self.rows.labels is None else self.rows.labels[at]
 
     def next(
         self,
@@ -114,8 +128,14 @@ class Feed:
             assert self.rows.draw is not None
             x, labels = self.rows.draw(n, streams("data"))
             batch = self._batch(x[share], None if labels is None else labels[share], shape, layout)
-        else:
+        elif self.ahead is None:
             batch = self.batch(order.take(images_seen, n)[share], shape, layout)
+        else:
+            key = images_seen, n, share.start, share.stop, shape
+            rows = self.ahead.get(key, lambda: self._fetched(order.take(images_seen, n)[share], shape))
+            following = order.take(images_seen + n, n)[share]
+            self.ahead.start((images_seen + n, *key[1:]), partial(self._fetched, following, shape))
+            batch = self._batch(*rows, shape, layout)
         if not self.flips:
             return batch
         import torch
@@ -124,7 +144,7 @@ class Feed:
         return batch._replace(x=torch.where(mirrored[:, None, None, None], batch.x.flip(3), batch.x))
 
     def _batch(self, x: Tensor, labels: Tensor | None, shape: tuple[int, ...], layout: torch.memory_format) -> Batch:
-        x = to_float(x, self.spec, shape)
+        x = to_float(x.to(self.device, non_blocking=True), self.spec, shape)
         labels = labels.to(self.device) if self.conditional and labels is not None else None
         return Batch(x.contiguous(memory_format=layout) if x.ndim == 4 else x, labels)
 

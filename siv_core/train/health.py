@@ -29,6 +29,7 @@ COLLAPSED_KL = 0.1
 EXPLODED_LOGVAR = 15.0
 LOGVAR_TICKS = 3  # on end: less may be the first steps of an unlucky initialisation
 EXPLODED_GRADIENT = 100.0  # times the median of the stage's earlier ticks; in the shipped recipes ticks stay within 8 times
+WAITING_SHARE = 0.1  # of a tick, for data
 REMEMBERED = 1000  # ticks that are looked at
 
 Tick = Mapping[str, Any]  # a line of stats.jsonl
@@ -112,6 +113,7 @@ class Monitor:
     stage: int = -1
     lately: dict[tuple[str, str, str], int] = Factory(dict)  # what is or was wrong -> ticks since it was
     told: list[dict[str, Any]] = Factory(list)  # every warning so far, as JSON
+    waiting: int = 0  # ticks on end that waited for data
 
     def see(self, tick: Tick) -> list[str]:
         """The warnings of this tick: once for each thing, and again when it came back after it was gone for a while."""
@@ -131,7 +133,20 @@ class Monitor:
             where = f"step {tick['step']}, phase '{finding.phase}', {finding.term}: {finding.words}: {MEANING[finding.kind]}"
             texts.append(f"warning: {where}\n{advice(finding.kind, self.schedule.plans[stage], self.train, self.groups)}")
             self.told.append({**about, "text": texts[-1]})
-        return texts
+        return [*texts, *self._waits(tick)]
+
+    def _waits(self, tick: Tick) -> list[str]:
+        """Said once, where two ticks on end waited for data."""
+        share = tick.get("wall", {}).get("waiting_for_data", 0.0)
+        self.waiting = self.waiting + 1 if share > WAITING_SHARE else 0
+        if self.waiting != 2 or any(one["kind"] == "waiting" for one in self.told):
+            return []
+        text = (
+            f"warning: step {tick['step']}: {share:.0%} of the time goes by waiting for the data, which are read while they are"
+            ' used: a faster disk, more memory (they are kept there where they fit), or train.residency "device"'
+        )
+        self.told.append({"step": tick["step"], "stage": self.stage, "kind": "waiting", "text": text})
+        return [text]
 
     def not_finite(self, step: int, reason: str) -> str:
         """What to try when a value is no longer finite; counted among the warnings."""

@@ -62,6 +62,8 @@ class Counters:
     images_seen: int = 0
     checkpoints: int = 0
     tick_images: int = 0  # images_seen at the last tick
+    ticked: float = 0.0  # when that was, by the clock; 0: not in this process
+    waited: float = 0.0  # seconds for data, until then
 
 
 @define
@@ -260,7 +262,11 @@ class Trainer:
         images = counters.images_seen - counters.tick_images
         counters.tick_images = counters.images_seen
         line = {"step": counters.step, "images_seen": counters.images_seen, "images": images, "phases": phases}
-        line["wall"] = {"seconds": round(time.monotonic() - started, 3)}  # the only entry that differs from run to run
+        now = time.monotonic()
+        waiting = (self.feed.waited - counters.waited) / max(now - (counters.ticked or started), 1e-9)
+        counters.waited, counters.ticked = self.feed.waited, now
+        # the only entry that differs from run to run
+        line["wall"] = {"seconds": round(now - started, 3), "waiting_for_data": round(waiting, 3)}
         if self.parallel.main:
             self.rundir.append("stats", line)
             self.observer.ticked(line)
