@@ -60,6 +60,11 @@ def sweep(
     from siv_core.sweep import table as sweep_table
 
     plan = sweeps.load(sweep, sets)
+    if plan.search:
+        if only or stack:
+            raise click.UsageError("--only and --stack go with trials that are known beforehand, not with [search]")
+        search_trials(plan, root or Path("runs") / plan.name, watcher, jobs, max_time, device, only_table, dry_run, as_json)
+        return
     chosen = sweeps.chosen(plan, only)
     catalogue = catalogues.load()
     recipes = sweeps.resolve(plan, catalogue, cpu_only=not devices.nvidia_present())
@@ -129,6 +134,53 @@ def run_trials(
             watcher.say(f"{stop}; the same command goes on")
             raise
     return crew.ended
+
+
+def search_trials(
+    plan: Sweep,
+    root: Path,
+    watcher: Screen,
+    limit: int | None,
+    max_time: float | None,
+    device: str,
+    only_table: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """The trials of a `[search]`, then its table, its pictures and the best of them."""
+    from siv_core.recipe import catalogue as catalogues
+    from siv_core.runs import device as devices
+    from siv_core.store import files, memory
+    from siv_core.sweep import proposals
+    from siv_core.sweep import sweep as sweeps
+
+    catalogue, watcher.line_seconds = catalogues.load(), LINE_SECONDS
+    cpu_only = not devices.nvidia_present()
+    recipes = sweeps.resolve(plan, catalogue, cpu_only=cpu_only)
+    proposals.check(plan, recipes)
+    if dry_run:
+        lines = [f"{key}: {shown}" for key, shown in proposals.ranges(plan).items()]
+        print_json({"sweep": plan.name, "ranges": proposals.ranges(plan)}) if as_json else [*map(watcher.say, lines)]
+        return
+    files.make_folder(root)
+    files.write_bytes(root / "sweep.toml", plan.source)
+    source = proposals.Proposals.of(plan, recipes, catalogue, root, device, watcher)
+    if not only_table:
+        limit = limit or (memory.cores() if devices.pick_device(device).type == "cpu" else 1)
+        try:
+            if not source.work(limit, None if max_time is None else time.monotonic() + max_time):
+                watcher.say(f"stopped after {max_time:.0f} s as asked; the same command goes on")
+        except Stopped as stop:
+            watcher.say(f"{stop}; the same command goes on")
+            raise
+    plan, outcomes = source.outcomes(cpu_only)
+    result = report(plan, outcomes, root, watcher)
+    for path, reason in source.pictures():
+        watcher.say(f"picture {path.name} was not drawn: {reason}" if reason else f"wrote {path}")
+    best = source.best()
+    watcher.say(f"best: {best}" if best else "no trial is finished yet")
+    if as_json:
+        print_json({**result, "best": best})
 
 
 def report(plan: Sweep, outcomes: list[Outcome], root: Path, watcher: Screen) -> dict[str, Any]:

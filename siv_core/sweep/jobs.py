@@ -43,6 +43,19 @@ class Board(Protocol):
     def over(self, what: str) -> None: ...
 
 
+class Source(Protocol):
+    """Where jobs come from that are not known beforehand."""
+
+    def steps(self) -> int:
+        """Of all that are still to come."""
+
+    def next(self) -> Bundle | None: ...
+    def give_up(self, name: str) -> bool:
+        """Asked again and again of what is at work."""
+
+    def over(self, name: str, state: str) -> None: ...
+
+
 @frozen
 class Job:
     """One trial to be run."""
@@ -161,22 +174,27 @@ class Crew:
     done: int = 0
     working: dict[str, Working] = field(factory=dict)
     ended: dict[str, str] = field(factory=dict)
+    given_up: set[str] = field(factory=set)  # that were asked for their end, by the source
+    source: Source | None = None
 
-    def work(self, bundles: Sequence[Bundle], until: float | None) -> bool:
-        """All of them, or to the moment `until` of the monotonic clock; whether all were begun and ended by themselves.
+    def work(self, bundles: Sequence[Bundle], until: float | None, source: Source | None = None) -> bool:
+        """All of them and what `source` gives, or to the moment `until` of the monotonic clock; whether all were begun and ended
+        by themselves.
 
         Raises `Stopped` at a signal; no child is left over in any case.
         """
-        waiting = deque(bundles)
-        self.total = sum(job.steps for bundle in bundles for job in bundle.jobs)
+        waiting, self.source = deque(bundles), source
+        self.total = sum(job.steps for bundle in bundles for job in bundle.jobs) + (source.steps() if source else 0)
         self.board.at_end = self.kill
         try:
-            while waiting or self.working:
+            while True:
                 if until is not None and time.monotonic() >= until:
                     return False
                 self.look(waiting)
-                while waiting and len(self.working) < self.limit:
-                    self.start(waiting.popleft())
+                while len(self.working) < self.limit and (bundle := waiting.popleft() if waiting else self.more()):
+                    self.start(bundle)
+                if not self.working:
+                    break
                 inside = sum(step_of(job) for one in self.working.values() for job in one.bundle.jobs)
                 before = sum(step_of(job) for bundle in waiting for job in bundle.jobs)
                 # the last step is not the end: metrics and pictures come after it
@@ -189,6 +207,9 @@ class Crew:
             return True
         finally:
             self.stop()
+
+    def more(self) -> Bundle | None:
+        return self.source.next() if self.source else None
 
     def start(self, bundle: Bundle) -> None:
         others = [job for job in bundle.jobs if busy(job.run)]
@@ -220,6 +241,9 @@ class Crew:
             elif one.process is not None and one.process.poll() is not None:
                 del self.working[name]
                 self.over(one.bundle, one.process.returncode)
+            elif one.process is not None and self.source and name not in self.given_up and self.source.give_up(name):
+                self.given_up.add(name)
+                one.process.terminate()
 
     def over(self, bundle: Bundle, code: int) -> None:
         """A process ended: how each of its jobs did."""
@@ -229,10 +253,13 @@ class Crew:
             self.done += job.steps
             own = job.log if job.log.exists() and job.log.stat().st_size else bundle.log
             self.ended[job.name] = self.told(job, codes[job.name], own)
+            if self.source:
+                self.source.over(job.name, self.ended[job.name])
 
     def told(self, job: Job, code: int, log: Path) -> str:
         """How it ended, in a word, after that was said."""
         state = {0: job.run.state() if code == 0 else "", 3: "diverged", 128 + signal.SIGTERM: "stopped"}.get(code, "failed")
+        state = "pruned" if state == "stopped" and job.name in self.given_up else state
         self.board.say(f"{state} {job.name}" + (f" ({_reason(code)}), see {log}" if state in ("failed", "diverged") else ""))
         if state == "failed":
             for line in tail(log):

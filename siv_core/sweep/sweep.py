@@ -25,10 +25,18 @@ from siv_core.recipe import recipe as recipes
 from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.convert import structure
 from siv_core.recipe.recipe import Recipe
+from siv_core.sweep import search
 from siv_core.sweep.names import folder_name, last, short_names, shown, toml
 
 FORMAT = 1
 OWN = ("label", "recipe", "profiles", "grid")  # what an entry of [[trials]] has beside the tables it overrides
+KINDS: dict[str, type] = {
+    "grid": dict,
+    "table": dict,
+    "trials": list,
+    "pictures": list,
+    "search": dict,
+}  # of a sweep file's tables
 SEED = "train.seed"
 TAKEN = ("lock", "logs", "sweep.toml", "table.csv", "table.json", "table.md")  # siv's own names in a sweep's folder
 
@@ -70,6 +78,7 @@ class SweepOptions:
     trials: list[dict[str, Any]] = field(factory=list)  # override tables, each with a label
     table: dict[str, Any] = field(factory=dict)
     pictures: list[dict[str, Any]] = field(factory=list)
+    search: dict[str, Any] = field(factory=dict)  # trials that are proposed one after the other
 
 
 @frozen
@@ -109,6 +118,8 @@ class Sweep:
     table: TableOptions
     pictures: tuple[PictureOptions, ...]
     group_by: tuple[str, ...] = field(default=())  # with its default filled in
+    search: tuple[search.SearchOptions, dict[str, search.Range]] | None = None
+    proposed: Trial | None = None  # of a search: what its trials have in common
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +152,7 @@ def _read(tree: dict[str, Any], path: Path, source: bytes, sets: tuple[str, ...]
     pictures = [structure(PictureOptions, one, f"pictures[{i}]", problems) for i, one in enumerate(options.pictures)]
     for i, picture in enumerate(pictures):
         problems += _picture_problems(picture, f"pictures[{i}]", pictures[:i]) if picture else []
-    trials = _trials(options, path, sets, problems)
+    found, trials, proposed = (_search if options.search else _trials)(options, path, sets, problems)
     if problems:
         return None
     own = list(dict.fromkeys(key for trial in trials for key in trial.given()))
@@ -159,20 +170,21 @@ def _read(tree: dict[str, Any], path: Path, source: bytes, sets: tuple[str, ...]
         for place, one in [("trials", one) for one in picture.trials] + [("constant", one) for one in picture.constant]:
             if one not in labels:
                 problems.append(f"pictures[{i}].{place}: no trial has the label '{one}'{near_miss(one, labels)}")
-    return Sweep(path.stem, path, source, tuple(trials), table, tuple(pictures), group_by)
+    return Sweep(path.stem, path, source, tuple(trials), table, tuple(pictures), group_by, found, proposed)
 
 
 def _options(tree: dict[str, Any], problems: list[str]) -> SweepOptions:
     """What the file says; where a key of it is wrong, the others go on with the defaults, so that all is told at once."""
     tables: dict[str, Any] = {}
-    for key, kind in (("grid", dict), ("table", dict), ("trials", list), ("pictures", list)):
+    for key, kind in KINDS.items():
         value = tree.get(key, kind())
-        if isinstance(value, kind) and (kind is dict or all(isinstance(one, dict) for one in value)):
+        rows: Any = value
+        if isinstance(value, kind) and (kind is dict or all(isinstance(one, dict) for one in rows)):
             tables[key] = value
         else:
             problems.append(f"{key}: expected {'a table' if kind is dict else 'a list of tables'}, got {value!r}")
     found: list[str] = []
-    known = {key: value for key, value in tree.items() if key not in ("grid", "table", "trials", "pictures")}
+    known = {key: value for key, value in tree.items() if key not in KINDS}
     options = structure(SweepOptions, known, "", found)
     problems += [line.removeprefix(".") for line in found]
     stand_in = SweepOptions(format=FORMAT, recipe=str(tree.get("recipe", "")), seeds=(0,) if "seeds" in tree else ())
@@ -196,7 +208,25 @@ def _picture_problems(picture: PictureOptions, where: str, earlier: Sequence[Pic
     return problems
 
 
-def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: list[str]) -> list[Trial]:
+def _search(
+    options: SweepOptions, path: Path, sets: tuple[str, ...], problems: list[str]
+) -> tuple[tuple[search.SearchOptions, dict[str, search.Range]] | None, list[Trial], Trial | None]:
+    """What is searched; trials at the ends of the ranges, which recipes have to take; what all trials have in common."""
+    problems += [
+        f"search: goes without {key}, its trials are proposed one after the other"
+        for key in ("grid", "trials", "seeds")
+        if getattr(options, key)
+    ]
+    found = search.read(options.search, problems)
+    if found is None or problems:
+        return None, [], None
+    made: list[Trial] = []
+    for values in ({}, *search.at_the_ends(found[1])):
+        made += _of_table({}, "", options, {key: [value] for key, value in values.items()}, path, sets, problems)
+    return found, made[1:], made[0] if made else None
+
+
+def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: list[str]) -> tuple[None, list[Trial], None]:
     """The product of trials, grid and seeds; what is wrong goes to `problems`."""
     grid = _grid(options.grid, "grid", problems)
     if not (problems or options.trials or options.grid or options.seeds):
@@ -220,7 +250,7 @@ def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: 
         same = (other.label, other.varied) == (trial.label, trial.varied)  # then its label or its seed is there twice
         if not same and labels.count(trial.label) < 2:
             problems.append(f"trials '{other.title()}' and '{trial.title()}' would share the folder {trial.name}: rename one")
-    return made
+    return None, made, None
 
 
 def _of_table(

@@ -31,7 +31,9 @@ class Outcome:
 
     trial: Trial
     run: RunDir
-    state: str  # missing, running, stopped, diverged, failed, finished; "changed": finished as what the recipe no longer is
+    state: (
+        str  # missing, running, stopped, pruned, diverged, failed, finished; "changed": finished as what the recipe no longer is
+    )
     step: int
     values: dict[str, dict[str, Any]]  # "metric.name" -> {"value": …} or {"skipped": …}, and "protocol"; of finished ones
     wall_seconds: float  # of training, over all its starts
