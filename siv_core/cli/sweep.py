@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import frozen
 
 from siv_core.cli.common import PATH, device_option, json_option, options, print_json, screen, seconds, set_option
 from siv_core.errors import Diverged, SivError, Stopped
@@ -15,10 +16,28 @@ from siv_core.errors import Diverged, SivError, Stopped
 if TYPE_CHECKING:
     from siv_core.cli.console import Screen
     from siv_core.recipe.recipe import Recipe
+    from siv_core.sweep.jobs import Crew
     from siv_core.sweep.sweep import Sweep
     from siv_core.sweep.table import Outcome
 
 LINE_SECONDS = 30.0  # between two lines about the whole: a sweep takes longer than a run
+
+
+@frozen
+class How:
+    """Where the trials run, how many at a time, and for how long."""
+
+    jobs: int | None
+    stack: int | None
+    on: str | None
+    max_time: float | None
+    device: str
+    begun: float
+
+    @property
+    def until(self) -> float | None:
+        """A moment of the monotonic clock."""
+        return None if self.max_time is None else self.begun + self.max_time
 
 
 @click.command()
@@ -32,6 +51,7 @@ LINE_SECONDS = 30.0  # between two lines about the whole: a sweep takes longer t
     click.option(
         "--stack", type=click.IntRange(2), metavar="N", help="Train up to N trials as one, where they differ in numbers alone."
     ),
+    click.option("--on", metavar="tcp://HOST:PORT", help="Run the trials on the workers of this Dask scheduler."),
     set_option,
     click.option("--max-time", callback=seconds, metavar="8m", help="Stop the whole sweep then, with checkpoints."),
     device_option,
@@ -45,6 +65,7 @@ def sweep(
     only: tuple[str, ...],
     jobs: int | None,
     stack: int | None,
+    on: str | None,
     sets: tuple[str, ...],
     max_time: float | None,
     device: str,
@@ -59,16 +80,18 @@ def sweep(
     from siv_core.sweep import sweep as sweeps
     from siv_core.sweep import table as sweep_table
 
-    plan = sweeps.load(sweep, sets)
+    plan, how = sweeps.load(sweep, sets), How(jobs, stack, on, max_time, device, time.monotonic())
+    root = root or Path("runs") / plan.name
+    if on:  # whoever works on it may be in another folder
+        root = root.absolute()
     if plan.search:
         if only or stack:
             raise click.UsageError("--only and --stack go with trials that are known beforehand, not with [search]")
-        search_trials(plan, root or Path("runs") / plan.name, watcher, jobs, max_time, device, only_table, dry_run, as_json)
+        search_trials(plan, root, watcher, how, only_table, dry_run, as_json)
         return
     chosen = sweeps.chosen(plan, only)
     catalogue = catalogues.load()
     recipes = sweeps.resolve(plan, catalogue, cpu_only=not devices.nvidia_present())
-    root = root or Path("runs") / plan.name
     for line in sweep_table.check_folder(plan, recipes, root):
         watcher.say(line)
     if dry_run:
@@ -77,7 +100,7 @@ def sweep(
         return
     ended: dict[str, str] = {}
     if not only_table:
-        ended = run_trials(plan, recipes, chosen, root, watcher, jobs, stack, max_time, device)
+        ended = run_trials(plan, recipes, chosen, root, watcher, how)
     outcomes = sweep_table.outcomes(plan, recipes, root)
     result = report(plan, outcomes, root, watcher)
     if as_json:
@@ -92,65 +115,66 @@ def run_trials(
     chosen: set[str],
     root: Path,
     watcher: Screen,
-    limit: int | None,
-    stack: int | None,
-    max_time: float | None,
-    device: str,
+    how: How,
 ) -> dict[str, str]:
     """{trial: how it ended} of those that were run now; finished and diverged ones are left alone."""
     from siv_core.recipe import catalogue as catalogues
-    from siv_core.runs import device as devices
-    from siv_core.store import files, memory
+    from siv_core.store import files
     from siv_core.store.rundir import RunDir
     from siv_core.sweep import jobs as sweep_jobs
     from siv_core.sweep import table as sweep_table
 
-    begun, watcher.line_seconds = time.monotonic(), LINE_SECONDS
-    on_cpu = devices.pick_device(device).type == "cpu"
+    watcher.line_seconds = LINE_SECONDS
     made = sweep_jobs.prepare(plan, recipes, catalogues.load(), watcher)
     files.make_folder(root)
     with RunDir(root).locked():
         files.write_bytes(root / "sweep.toml", plan.source)
         states = {one.trial.name: one.state for one in sweep_table.outcomes(plan, recipes, root) if one.trial.name in chosen}
         todo = [name for name, state in states.items() if state not in ("finished", "diverged")]
-        limit = limit or (memory.cores() if on_cpu and not stack else 1)
-        # a trial alone has one thread, so that its numbers do not depend on how many there are at a time
-        crew = sweep_jobs.Crew(watcher, limit, max(1, memory.cores() // limit) if stack else 1)
+        crew = crew_of(how, root, watcher)
         counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
         watcher.say(
-            f"{root}: {len(states)} trials ({', '.join(f'{n} {state}' for state, n in counts.items())}), {limit} at a time"
+            f"{root}: {len(states)} trials ({', '.join(f'{n} {state}' for state, n in counts.items())}), {crew.limit} at a time"
         )
         for name, state in states.items():
             if state == "diverged":
                 watcher.say(f"{name} diverged before and would again: move {root / name} away to try it once more")
-        jobs = sweep_jobs.jobs_of(plan, todo, made, root, device)
+        jobs = sweep_jobs.jobs_of(plan, todo, made, root, how.device)
         bundles = [sweep_jobs.Bundle((job,)) for job in jobs]
-        if stack:
-            bundles = sweep_jobs.bundled(plan, jobs, made, root, device, stack, watcher)
+        if how.stack:
+            bundles = sweep_jobs.bundled(plan, jobs, made, root, how.device, how.stack, watcher)
         try:
-            if not crew.work(bundles, None if max_time is None else begun + max_time):
-                watcher.say(f"stopped after {max_time:.0f} s as asked; the same command goes on")
+            if not crew.work(bundles, how.until):
+                watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
         except Stopped as stop:
             watcher.say(f"{stop}; the same command goes on")
             raise
     return crew.ended
 
 
-def search_trials(
-    plan: Sweep,
-    root: Path,
-    watcher: Screen,
-    limit: int | None,
-    max_time: float | None,
-    device: str,
-    only_table: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def crew_of(how: How, root: Path, watcher: Screen) -> Crew:
+    """Who runs the trials: child processes here, or the workers of a cluster that have the same versions and see the folder."""
+    from siv_core.runs import device as devices
+    from siv_core.store import memory
+    from siv_core.sweep import cluster
+    from siv_core.sweep import jobs as sweep_jobs
+
+    if how.on:
+        client = cluster.connect(how.on)
+        click.get_current_context().call_on_close(client.close)
+        cluster.check(client, root)
+        return sweep_jobs.Crew(watcher, how.jobs or cluster.slots(client), launch=cluster.Cluster(client).start)
+    on_cpu = devices.pick_device(how.device).type == "cpu"
+    limit = how.jobs or (memory.cores() if on_cpu and not how.stack else 1)
+    # a trial alone has one thread, so that its numbers do not depend on how many there are at a time
+    return sweep_jobs.Crew(watcher, limit, max(1, memory.cores() // limit) if how.stack else 1)
+
+
+def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table: bool, dry_run: bool, as_json: bool) -> None:
     """The trials of a `[search]`, then its table, its pictures and the best of them."""
     from siv_core.recipe import catalogue as catalogues
     from siv_core.runs import device as devices
-    from siv_core.store import files, memory
+    from siv_core.store import files
     from siv_core.sweep import proposals
     from siv_core.sweep import sweep as sweeps
 
@@ -164,12 +188,11 @@ def search_trials(
         return
     files.make_folder(root)
     files.write_bytes(root / "sweep.toml", plan.source)
-    source = proposals.Proposals.of(plan, recipes, catalogue, root, device, watcher)
+    source = proposals.Proposals.of(plan, recipes, catalogue, root, how.device, watcher)
     if not only_table:
-        limit = limit or (memory.cores() if devices.pick_device(device).type == "cpu" else 1)
         try:
-            if not source.work(limit, None if max_time is None else time.monotonic() + max_time):
-                watcher.say(f"stopped after {max_time:.0f} s as asked; the same command goes on")
+            if not source.work(crew_of(how, root, watcher), how.until):
+                watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
         except Stopped as stop:
             watcher.say(f"{stop}; the same command goes on")
             raise

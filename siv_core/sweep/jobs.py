@@ -93,12 +93,36 @@ class Bundle:
         return {job.name: own.get(job.name, code) for job in self.jobs}
 
 
+class Process(Protocol):
+    """What is used of a `Popen`."""
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 @define
 class Working:
     """A bundle in hand; without a process where another `siv` is working on its run."""
 
     bundle: Bundle
-    process: subprocess.Popen[bytes] | None
+    process: Process | None
+
+
+def launched(bundle: Bundle, environment: Mapping[str, str]) -> Process:
+    """As a child of this process."""
+    line = [sys.executable, "-P", "-m", "siv_core.cli.main", *bundle.command]
+    with bundle.log.open("wb") as log:
+        # a session of its own: Ctrl-C in the terminal reaches the sweep alone, which passes it on once
+        return subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
 
 
 # -- before the first one --------------------------------------------------------------------------------------------------------
@@ -157,7 +181,12 @@ def command(trial: Trial, run: Path, device: str) -> tuple[str, ...]:
     """`siv run` for this trial, as it is started and as a person may start it."""
     profiles = [part for name in trial.profiles for part in ("--profile", name)]
     sets = [part for text in trial.sets for part in ("--set", text)]
-    return ("run", str(trial.recipe), *profiles, *sets, "--run-dir", str(run), "--device", device)
+    return ("run", place(trial, run), *profiles, *sets, "--run-dir", str(run), "--device", device)
+
+
+def place(trial: Trial, run: Path) -> str:
+    """Of the trial's recipe, absolute where the run is: whoever works on it may be in another folder."""
+    return str(trial.recipe.absolute() if run.is_absolute() else trial.recipe)
 
 
 # -- at work ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +203,7 @@ class Crew:
     done: int = 0
     working: dict[str, Working] = field(factory=dict)
     ended: dict[str, str] = field(factory=dict)
+    launch: Callable[[Bundle, Mapping[str, str]], Process] = launched
     given_up: set[str] = field(factory=set)  # that were asked for their end, by the source
     source: Source | None = None
 
@@ -221,16 +251,9 @@ class Crew:
         for job in bundle.jobs:
             step = step_of(job)
             self.board.say(f"{'going on with' if step else 'starting'} {job.name}{f' at step {step:,}' if step else ''}")
-        environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads))}
-        line = [sys.executable, "-P", "-m", "siv_core.cli.main", *bundle.command]
         if bundle.plan:
             bundle.plan.with_suffix(".ended").unlink(missing_ok=True)
-        with bundle.log.open("wb") as log:
-            # a session of its own: Ctrl-C in the terminal reaches the sweep alone, which passes it on once
-            process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        self.working[bundle.name] = Working(bundle, process)
+        self.working[bundle.name] = Working(bundle, self.launch(bundle, dict.fromkeys(THREADS, str(self.threads))))
 
     def look(self, waiting: deque[Bundle]) -> None:
         """Take in what has ended."""
@@ -238,9 +261,9 @@ class Crew:
             if one.process is None and not any(busy(job.run) for job in one.bundle.jobs):
                 del self.working[name]
                 waiting.appendleft(one.bundle)
-            elif one.process is not None and one.process.poll() is not None:
+            elif one.process is not None and (code := one.process.poll()) is not None:
                 del self.working[name]
-                self.over(one.bundle, one.process.returncode)
+                self.over(one.bundle, code)
             elif one.process is not None and self.source and name not in self.given_up and self.source.give_up(name):
                 self.given_up.add(name)
                 one.process.terminate()
@@ -346,7 +369,7 @@ def bundled(
                 continue
             plan = root / "logs" / f"stack-{len(bundles)}.json"
             members = [
-                together.Member(job.name, str(trial.recipe), trial.profiles, trial.sets, str(job.run.path), str(job.log))
+                together.Member(job.name, place(trial, job.run.path), trial.profiles, trial.sets, str(job.run.path), str(job.log))
                 for job in part
                 for trial in [trials[job.name]]
             ]

@@ -64,14 +64,14 @@ class Proposals:
         found = search.Search(*sweep.search, root, sweep.name)
         return cls(sweep, found, catalogue, root, device, board, max(one.steps for one in made.values()))
 
-    def work(self, limit: int, until: float | None) -> bool:
+    def work(self, crew: jobs.Crew, until: float | None) -> bool:
         """Runs that were begun before go on first; see `jobs.Crew.work`."""
         for name in self.search.open():  # whoever ran them did not come to tell
             self.over(name, self._outcome(name).state)
         begun = [self._bundle(name) for name in self.search.open()]
         left = self.search.left() + len(begun)
-        self.board.say(f"{self.root}: {self.search.options.trials} trials, {left} of them to go, {limit} at a time")
-        return jobs.Crew(self.board, limit).work(begun, until, self)
+        self.board.say(f"{self.root}: {self.search.options.trials} trials, {left} of them to go, {crew.limit} at a time")
+        return crew.work(begun, until, self)
 
     # -- as a source -------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,111 @@
+"""`siv sweep --on`: what is looked at before the first trial, and a sweep over two workers, of which one is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+from test_sweep import HEAD, wait_for
+from toys import SMALL
+
+from siv_core.errors import UserError
+from siv_core.store.rundir import RunDir
+from siv_core.sweep import cluster, jobs
+
+
+class Workers:
+    """A client whose two workers answer as told."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def run(self, function, *arguments, on_error="raise"):
+        own = function(*arguments)
+        return {f"tcp://{i}": answer(own) for i, answer in enumerate(self.answers)}
+
+
+def as_here(own):
+    return own
+
+
+def test_workers_like_us_are_taken(tmp_path):
+    cluster.check(Workers(as_here, as_here), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_with_other_versions_is_refused(tmp_path):
+    other = Workers(as_here, lambda own: {**own, "torch": "1.0"}, lambda own: ModuleNotFoundError("No module named 'siv_core'"))
+    with pytest.raises(UserError) as raised:
+        cluster.check(other, tmp_path)
+    versions, missing = raised.value.problems
+    assert versions.startswith("worker tcp://1: is refused, it has torch 1.0 (here ")
+    assert missing == "worker tcp://2: has no siv that answers (ModuleNotFoundError: No module named 'siv_core')"
+
+
+def test_a_folder_that_a_worker_does_not_see_is_told(tmp_path):
+    elsewhere = Workers(lambda own: own if isinstance(own, dict) else "[Errno 2] No such file or directory")
+    with pytest.raises(UserError, match=rf"worker tcp://0: does not see {tmp_path}: the sweep's folder has to be on a disk"):
+        cluster.check(elsewhere, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scheduler_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(cluster, "SECONDS", 1)
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9: no Dask scheduler answers there .*`dask scheduler` starts one"):
+        cluster.connect("tcp://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"--on takes Dask .*: pip install 'siv\[cluster\]'"):
+        cluster.connect("tcp://127.0.0.1:9")
+
+
+def test_a_command_ends_where_it_is_asked_to(tmp_path):
+    log, stop = tmp_path / "log.txt", tmp_path / "log.stop"
+    assert cluster.command(("--version",), str(tmp_path), {}, str(log), str(stop)) == 0
+    assert log.read_text().startswith("siv, version")
+    assert cluster.command(("nothing",), str(tmp_path), {}, str(log), str(stop)) == 2
+    stop.touch()
+    (tmp_path / "r.toml").write_text(SMALL + '[objective]\nname = "vae"\n[train]\nlength = "90000 steps"\n')
+    begun = time.monotonic()
+    arguments = ("run", "r.toml", "--run-dir", "run", "--device", "cpu")
+    assert cluster.command(arguments, str(tmp_path), {}, str(log), str(stop)) in (128 + signal.SIGTERM, -signal.SIGTERM)
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):
+    from distributed import Client, LocalCluster
+
+    for name in jobs.THREADS:
+        monkeypatch.setenv(name, "1")
+    (tmp_path / "tiny.toml").write_text(
+        SMALL + '[objective]\nname = "vae"\n[train]\nlength = "1500 steps"\ncheckpoint = "100 steps"\npreview = "5000 steps"\n'
+    )
+    (tmp_path / "some.toml").write_text(HEAD + "seeds = [0, 1, 2, 3]\n")
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as here, Client(here) as client:
+        import threading
+
+        def kill():
+            wait_for(lambda: len(list((tmp_path / "far").glob("*/checkpoints/step_*"))) > 1, seconds=300)
+            os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        done = siv("sweep", "some.toml", "--on", here.scheduler_address, "--root", "far", "--device", "cpu", seconds=600)
+        killer.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 at a time" in done.stdout
+    logs = [path.read_text() for path in (tmp_path / "far/logs").glob("*.txt")]
+    assert sum("going on from" in log for log in logs) >= 1
+    near = siv("sweep", "some.toml", "--root", "near", "--device", "cpu", seconds=600)
+    assert near.returncode == 0, near.stderr
+    for seed in range(4):
+        far, near = (RunDir(tmp_path / root / f"seed={seed}") for root in ("far", "near"))
+        assert far.state() == "finished"
+        for ours in sorted((far.checkpoints / "step_00001500").glob("*.safetensors")):
+            assert ours.read_bytes() == (near.checkpoints / "step_00001500" / ours.name).read_bytes()
+        lines = [[{**line, "wall": None} for line in run.read("stats")] for run in (far, near)]
+        assert lines[0] == lines[1]
