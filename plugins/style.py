@@ -287,7 +287,8 @@ class Decoder(nn.Module):
         z = codes["z"]
         direction = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
         w = self.mapping(with_labels(direction, labels, self.conditions))
-        return w[:, None].expand(-1, 2 * len(self.blocks), -1)
+        # in memory as styles that were kept are: products of matrices round by how these lie
+        return w[:, None].repeat(1, 2 * len(self.blocks), 1)
 
     def render(self, styles: Tensor, noise: Any = None) -> Tensor:
         """Images of styles [N, 2K, d]; without noise nothing is random."""

@@ -285,10 +285,10 @@ def test_the_run_that_was_started_from_does_not_stay_in_memory(tmp_path, monkeyp
 
     def watched(self, *arguments):
         held.append([one for one in gc.get_objects() if type(one) is Checkpoint])
-        return run(self, *arguments)
+        return loop(self, *arguments)
 
-    run = Trainer.run
-    monkeypatch.setattr(Trainer, "run", watched)
+    loop = Trainer.loop
+    monkeypatch.setattr(Trainer, "loop", watched)
     ran(tmp_path, RECIPE + f'[init]\nrun = "{first}"\n', "second")
     assert held == [[]]
 
