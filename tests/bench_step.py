@@ -2,21 +2,30 @@
 
 The naive step is written as the published scripts are: requires_grad switched player by player, `backward`, plain Adam, losses
 read back for a NaN test. Timings of a shared machine are noisy; the ratio of medians of interleaved steps is what counts.
+
+Each run adds a line to `bench/HARDWARE.jsonl` (figures, versions, commit, date) and is compared with the one before it of the same
+recipe, settings and threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import re
 import statistics
+import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from siv_core.latents import kl_standard
 from siv_core.recipe import build, catalogue, recipe
 from siv_core.runs.watchers import Silent
+from siv_core.store import memory
 from siv_core.store.rundir import RunDir
 from siv_core.train import stage
 from siv_core.train.parallel import Parallel
@@ -86,6 +95,41 @@ def naive_step(networks, optimisers, x, noise, b, scale, r, bound):
         raise SystemError
 
 
+# -- kept by hardware ------------------------------------------------------------------------------------------------------------
+
+
+def hardware() -> str:
+    """The processor and its cores, as a file's name."""
+    told = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", told.read_text(), re.M) if told.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {memory.cores()} cores").strip("-")
+
+
+def keep(folder: Path, about: dict[str, Any], figures: dict[str, float]) -> str:
+    """Add the figures to the file of this hardware; what they were the time before, in a sentence."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    path = folder / f"{hardware()}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    before = [line for line in lines if all(line[key] == value for key, value in about.items())]
+    line = {
+        **about,
+        **{key: round(value, 4) for key, value in figures.items()},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    folder.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    if not before:
+        return f"{path}: the first of its kind"
+    last = before[-1]
+    changes = ", ".join(f"{key} {last[key]:.4g} -> {figures[key]:.4g}" for key in figures if key in last)
+    return f"{path}: since {last['date']} ({last['commit']}): {changes}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", type=Path, default=HERE / "recipes/digits.toml")
@@ -124,6 +168,11 @@ def main() -> None:
     ratios = sorted(a / b for a, b in zip(times["siv"], times["naive"], strict=True))
     print(f"siv / naive: {medians['siv'] / medians['naive']:.3f} (quartiles of single pairs {ratios[len(ratios) // 4]:.3f}"
           f" … {ratios[3 * len(ratios) // 4]:.3f})")  # fmt: skip
+    about = {
+        "recipe": arguments.recipe.stem, "profiles": arguments.profile, "sets": arguments.set, "threads": torch.get_num_threads()
+    }  # fmt: skip
+    figures = {f"{name}_ms": 1e3 * value for name, value in medians.items()}
+    print(keep(HERE / "bench", about, {**figures, "siv / naive": medians["siv"] / medians["naive"]}))
 
 
 if __name__ == "__main__":
