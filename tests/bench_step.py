@@ -3,8 +3,8 @@
 The naive step is written as the published scripts are: requires_grad switched player by player, `backward`, plain Adam, losses
 read back for a NaN test. Timings of a shared machine are noisy; the ratio of medians of interleaved steps is what counts.
 
-Each run adds a line to `bench/HARDWARE.jsonl` (figures, versions, commit, date) and is compared with the one before it of the same
-recipe, settings and threads.
+Each run adds a line to `bench/HARDWARE.jsonl` (figures, versions, commit, date), compared with the last one of the same recipe,
+settings and threads.
 """
 
 from __future__ import annotations
