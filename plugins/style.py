@@ -40,7 +40,10 @@ class StyleConfig:
     decoder_mapping: int = option(8, doc="layers from z to the decoder's styles", ge=1, le=64)
     noise: bool = option(True, doc="each layer of the decoder adds noise, one plane for all channels, at learned strengths")
     style_mixing: float = option(
-        0.9, doc="share of the training's samples of the prior whose finer layers have the style of another z", ge=0, le=1
+        0.9,
+        doc="share of the training's samples of the prior whose finer layers have the style of another z ~ N(0, I)",
+        ge=0,
+        le=1,
     )
     truncated_layers: int = option(8, doc="a truncation moves the styles of so many layers, the coarsest; 0: of all", ge=0)
     published: bool = option(
@@ -177,7 +180,8 @@ class Encoder(nn.Module):
         k, fade = self.stage
         h, style = self.blocks[k](self.features(x, k))
         if fade is not None:
-            h = torch.lerp(self.features(F.avg_pool2d(x, 2), k - 1), h, fade.to(h.dtype))
+            below = self.features(F.avg_pool2d(x, 2), k - 1)
+            h = torch.lerp(below.to(h.dtype), h, fade.to(h.dtype))  # on CUDA autocast leaves norms in float32, not convolutions
             style = style * fade.to(style.dtype)
         for block in reversed(self.blocks[:k]):
             h, more = block(h)
@@ -333,7 +337,9 @@ def build(config: StyleConfig, spec: Spec) -> Networks:
     widths = tuple(min(config.max_channels, config.start_channels << k) for k in reversed(range(levels)))
     conditions = (spec.classes or 0) if spec.conditional else 0
     encoder, decoder = (made(config, spec, widths, conditions) for made in (Encoder, Decoder))
-    return Networks(encoder, decoder, groups={"z": config.z_dim})
+    return Networks(
+        encoder, decoder, groups={"z": config.z_dim}, normal_prior="network.style_mixing" if config.style_mixing else ""
+    )
 
 
 def check(config: StyleConfig, spec: Spec) -> int:

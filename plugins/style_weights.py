@@ -54,7 +54,10 @@ def convert(state: Mapping[str, Any]) -> Converted:
     for player, parts in PARTS.items():
         for ending, name in (("", player), ("_s", f"{player}@ema")):
             if all(isinstance(models.get(part + ending), dict) for part in parts):
-                players[name] = renamed(player, *(models[part + ending] for part in parts))
+                try:
+                    players[name] = renamed(player, *(models[part + ending] for part in parts))
+                except (IndexError, RuntimeError) as error:  # of tensors that are sparse or have too few dimensions
+                    raise UserError(f"no checkpoint of style_soft_intro_vae: its {player}: {error}") from error
     for player in PARTS:  # what was published may have the averages alone
         if f"{player}@ema" in players:
             players.setdefault(player, players[f"{player}@ema"])
@@ -101,7 +104,10 @@ def sizes_of(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> tuple[di
     needed += [(encoder, "blocks.0.second.weight")]
     if any(name not in player or player[name].ndim < 2 for player, name in needed):
         raise UserError("no checkpoint of style_soft_intro_vae: a mapping or a network of it is not whole")
-    wide = [value.shape[1] for k in range(64) if (value := decoder.get(f"to_rgb.{k}.weight")) is not None]
+    images = [value for k in range(64) if (value := decoder.get(f"to_rgb.{k}.weight")) is not None]
+    if any(value.ndim != 4 for value in images):
+        raise UserError("no checkpoint of style_soft_intro_vae: a to_rgb of it is no convolution")
+    wide = [value.shape[1] for value in images]
     d, last = decoder["mapping.layers.0.weight"].shape[1], encoder[f"mapping.layers.{layers(encoder) - 1}.weight"]
     if last.shape[0] != 2 * d:
         raise UserError(

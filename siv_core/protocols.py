@@ -135,6 +135,8 @@ class Networks(NamedTuple):
 
     `batch_statistics`: in training a sample's result depends on its batch, as with batch norm. Then micro-batches are refused,
     several processes share their statistics, and every evaluation reports the gap between training and evaluation mode.
+    `normal_prior`: the key of an option by which the decoder draws codes of N(0, I) by itself in training; then a prior that has
+    parameters or buffers, and so is another distribution, is refused.
     """
 
     encoder: nn.Module
@@ -142,6 +144,7 @@ class Networks(NamedTuple):
     groups: dict[str, int]
     translate: tuple[str, str] | None = None
     batch_statistics: bool = False
+    normal_prior: str = ""
 
 
 class Weights(Protocol):

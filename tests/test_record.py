@@ -123,11 +123,13 @@ def test_the_past_cannot_be_given_another_length(run, lengths, words):
 
 
 def test_a_fade_that_has_begun_keeps_its_length(tmp_path):
-    (tmp_path / "r.toml").write_text(RECIPE.replace("[[stages]]", "[[stages]]\nfade = 0.5"))
-    session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", device="cpu")
-    longer = stages("4 steps", "40 steps")[0].replace("{length", "{fade=0.5,length")
+    style = 'name = "style"\nstart_channels = 4\nmax_channels = 4\nencoder_mapping = 2\ndecoder_mapping = 2\nz_dim = 3'
+    text = RECIPE.replace('name = "mlp"\nz_dim = 3\nhidden = [16]', style)
+    growing = [f"stages=[{{length='4 steps',data={{size=4}}}},{{length='{steps} steps',fade=0.5}}]" for steps in (4, 40)]
+    (tmp_path / "r.toml").write_text(text)
+    session.run(tmp_path / "r.toml", run_dir=tmp_path / "run", sets=growing[:1], device="cpu")
     with pytest.raises(UserError, match=r"stages\[1\].length: this stage has begun to fade in"):
-        session.resume(tmp_path / "run", sets=(longer,), device="cpu")
+        session.resume(tmp_path / "run", sets=growing[1:], device="cpu")
 
 
 def test_the_same_length_in_other_words_is_the_same(run):

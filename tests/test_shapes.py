@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -411,6 +414,49 @@ def test_cutting_a_batch_changes_nothing_but_rounding(tmp_path, siv):
             assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
     manifest = json.loads((runs["processes"] / "manifest.json").read_text())
     assert manifest["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_brings_a_run_back_after_a_lost_process(tmp_path):
+    """One of two processes is killed after a checkpoint; the run ends with the bytes of an undisturbed one."""
+    text = RECIPE.replace('"12 steps"', '"400 steps"').replace(
+        'checkpoint = "1 steps"\nkeep_every = 1', 'checkpoint = "20 steps"'
+    )
+    (tmp_path / "r.toml").write_text(text)
+    command = [
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=3",
+        "-m",
+        "siv_core.cli.main",
+        "run",
+        "r.toml",
+        "--device",
+        "cpu",
+    ]
+    ends = {}
+    for name in ("whole", "killed"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *command, "--run-dir", name],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if name == "killed":
+            until = time.monotonic() + 200
+            while not list((tmp_path / name / "checkpoints").glob("step_*")) and time.monotonic() < until:
+                time.sleep(0.1)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        assert ("going on from" in out) == (name == "killed")
+        assert "Traceback" not in out
+        ends[name] = sorted((tmp_path / name / "checkpoints").glob("step_*"))[-1]
+    for ours in ends["killed"].glob("*.safetensors"):
+        assert ours.read_bytes() == (ends["whole"] / ours.name).read_bytes(), ours.name
 
 
 def read_stats(run):

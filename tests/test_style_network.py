@@ -611,6 +611,58 @@ def test_stages_are_looked_at_before_anything_begins(catalogue, tmp_path, sizes,
     assert all(line in problem for line, problem in zip(told, caught.value.problems, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        (
+            [{"data": {"size": 4}, "fade": 0.5}, {}],
+            "stages[0].fade: what fades in is twice the size of the stage before it, this one is 4 × 4",
+        ),
+        (
+            [{}, {"fade": 0.5}],
+            "stages[1].fade: what fades in is twice the size of the stage before it, this one is 8 × 8 after 8 × 8",
+        ),
+        (
+            [{"fade": 0.5}, {}],
+            "stages[0].fade: what fades in is twice the size of the stage before it, this one is 8 × 8 after nothing",
+        ),
+    ],
+)
+def test_only_what_is_twice_as_large_fades_in(catalogue, tmp_path, tables, told):
+    stages = [{"length": "2 steps", **one} for one in tables]
+    with pytest.raises(UserError) as caught:
+        toys.trainer(catalogue, tmp_path, {**GROWING, "stages": stages})
+    assert any(told in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("data", [{"name": "digits"}, {"name": "toy2d"}])
+def test_a_network_that_does_not_grow_fades_nothing_in(catalogue, tmp_path, data):
+    stages = [{"length": "2 steps"}, {"length": "2 steps", "fade": 0.5}]
+    with pytest.raises(UserError, match=r"stages\[1\]\.fade: network 'mlp' does not grow: leave it out"):
+        toys.trainer(catalogue, tmp_path, toys.tree(data=data, stages=stages, train={"batch": 8}))
+
+
+def test_styles_are_mixed_with_a_normal_prior_alone(catalogue, tmp_path):
+    mixture = {"name": "mixture", "modes": 2}
+    with pytest.raises(UserError, match=r"network\.style_mixing: takes codes of N\(0, I\), the prior of 'z' is another one"):
+        toys.trainer(catalogue, tmp_path, {**GROWING, "prior": mixture}, toys_too=False)
+    network = {**GROWING["network"], "style_mixing": 0.0}
+    toys.trainer(catalogue, tmp_path, {**GROWING, "prior": mixture, "network": network}, toys_too=False)
+
+
+def test_a_fade_mixes_what_autocast_leaves_wide_and_what_it_makes_narrow(monkeypatch):
+    """On CUDA norms come out of autocast in float32 and convolutions in bfloat16; on a CPU both are bfloat16."""
+    norm = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *arguments, **named: norm(x.float(), *arguments, **named))
+    networks = seeded()
+    at(networks, 16, 0.3)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        q = networks.encoder(x)["z"]
+        y = networks.decoder({"z": q.mu}, noise=noise(networks, 2))
+    assert torch.isfinite(y).all()
+
+
 @pytest.mark.parametrize("name", ["celeba_hq_256_style", "ffhq_256_style", "lsun_bedroom_128_style"])
 def test_the_shipped_recipes_grow_to_their_size(catalogue, name):
     """Every profile: the published batches, sizes from 4 to the data's, beta_neg by size; networks of the published widths."""

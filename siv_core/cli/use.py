@@ -47,7 +47,7 @@ def evaluate(as_json: bool, **which: Any) -> None:
     from siv_core.runs import opened, record
 
     one = opened.open_run(**which)
-    watcher.say(f"measured with {opened.need_data(one, watcher.progress)}")
+    watcher.say(f"measured with {opened.need_data(one, watcher.progress)}: {one.model.name}")
     with one.run_dir.locked():
         about = record.measured_as(one.built, one.model, "evaluate", one.step)
         lines = record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watcher, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.losses import Betas
 from siv_core.model import Model
-from siv_core.nets import Priors, lr_factors, set_stage
-from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec, Stage
+from siv_core.nets import Priors, lr_factors
+from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
+from siv_core.recipe import fits
 from siv_core.recipe.catalogue import Catalogue, blame, words
 from siv_core.recipe.options import PLAYERS
 from siv_core.recipe.recipe import Choice, Recipe, StagePlan
@@ -238,8 +240,9 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
         built = Built(recipe, catalogue, data, spec, networks, priors or Priors({}), reconstruction)
         for i, plan in enumerate(recipe.stages):
             attempt(built.objective, plan, where=f"stages[{i}].")  # what does not fit is told now, not when the stage begins
-        attempt(_stages, built)
-        attempt(_prior_stages, built)
+        attempt(fits.stages, built, partial(_networks, recipe, catalogue, spec))
+        attempt(fits.prior_stages, built)
+        attempt(fits.normal_priors, built)
         attempt(built.metrics)
         for player, module in built.modules.items():
             try:
@@ -249,48 +252,6 @@ def build(recipe: Recipe, catalogue: Catalogue, data: Dataset, spec: Spec | None
     if problems:
         raise recipe.told(problems)
     return built
-
-
-def _stages(built: Built) -> None:
-    """A `UserError` for sizes that go back or that the network does not have: told now, not when one begins."""
-    recipe, problems, largest = built.recipe, list[str](), 0
-    if all(plan.size is None for plan in recipe.stages):
-        return
-    with torch.device("meta"):  # others than those that train, which are told their stages once
-        networks = _networks(recipe, built.catalogue, built.spec)
-    for i, plan in enumerate(recipe.stages):
-        try:
-            shape = built.shape(plan)
-        except UserError:
-            return  # told of the stage's objective
-        if shape[-1] < largest:
-            problems.append(f"stages[{i}].data.size: {shape[-1]} after {largest}: networks grow, so sizes do too")
-        largest = max(largest, shape[-1])
-        try:
-            set_stage(networks[:2], Stage(i, shape))
-        except UserError as error:
-            problems += [f"stages[{i}].{line}" for line in error.problems]
-    if problems:
-        raise UserError(problems)
-
-
-def _prior_stages(built: Built) -> None:
-    """A `UserError` for stages that a prior waits for and that never come, or in which nothing moves it."""
-    problems, stages = list[str](), built.recipe.stages
-    for group, prior in built.priors.groups.items():
-        place = f"prior.{group}" if group in built.recipe.prior else "prior"
-        named: dict[str, int] = getattr(prior, "stages_named", {})
-        late = {key: number for key, number in named.items() if number >= len(stages)}
-        problems += [f"{place}.{key}: is {number}, the stages are 0 to {len(stages) - 1}" for key, number in late.items()]
-        for key, number in getattr(prior, "learns_from", {}).items():
-            phases = [phase for plan in stages[number:] for phase in built.objective(plan).phases]
-            if key not in late and not any("prior" in phase.updates for phase in phases):
-                told = (
-                    f'no objective moves the prior from stage {number} on: set objective.prior = "decoder" there, or leave it out'
-                )
-                problems.append(f"{place}.{key}: {told}")
-    if problems:
-        raise UserError(problems)
 
 
 def _weights_in_bytes(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> int:
@@ -325,8 +286,7 @@ def _networks(recipe: Recipe, catalogue: Catalogue, spec: Spec) -> Networks:
     encoder, decoder = built
     if encoder.groups != decoder.groups:
         raise UserError(f"network: the encoder's groups {encoder.groups} are not the decoder's {decoder.groups}")
-    statistics = encoder.batch_statistics or decoder.batch_statistics
-    return decoder._replace(encoder=encoder.encoder, batch_statistics=statistics)
+    return decoder._replace(encoder=encoder.encoder, batch_statistics=encoder.batch_statistics or decoder.batch_statistics)
 
 
 def _network(catalogue: Catalogue, choice: Choice, spec: Spec) -> Networks:

@@ -5,8 +5,9 @@ With one process everything here is the identity.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +17,22 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from siv_core.errors import UserError
+from siv_core.errors import SivError, UserError
 
 PATIENCE = timedelta(days=7)  # for the main process, which measures and draws while the others wait
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """A `SivError` where another process does not answer: what is wrong with it, it says itself."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SivError(
+            f"another process of this run is gone or does not answer ({reason}): the last checkpoint is good and the same command"
+            " goes on; `torchrun --max-restarts N` starts it again by itself"
+        ) from error
 
 
 @frozen
@@ -43,7 +57,8 @@ class Parallel:
         """Sum each tensor over the processes, in place and in one message."""
         if self.world > 1 and tensors:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            dist.all_reduce(flat)
+            with answered():
+                dist.all_reduce(flat)
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
@@ -59,19 +74,22 @@ class Parallel:
         """Give every process the main one's values, in place."""
         if self.world > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                with answered():
+                    dist.broadcast(tensor, src=0)
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values: how they agree that one of them was asked to stop."""
         if self.world == 1:
             return value
         agreed = torch.tensor(value)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
+        with answered():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
         return int(agreed)
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier(group=self.control)
+            with answered():
+                dist.barrier(group=self.control)
 
 
 class _Summed(torch.autograd.Function):

@@ -56,6 +56,8 @@ def mix(
     """Images along the top with the styles of those down the left in these `ranges` of layers, a block of rows for each; samples
     of the prior, `count` and three, stand in for what is not `given` as "top" or "left"."""
     taken = [parsed(text, layers(model)) for text in ranges]
+    if given and model.spec.conditional:
+        raise UserError(f"--take {next(iter(given))}=…: this model encodes by label, and pictures here have none: leave it out")
     drawn = model.sample_styles(count + ROWS, seed)
     styles, shown, notes = dict[str, Tensor](), dict[str, Tensor](), list[str]()
     for side, samples in (("top", drawn[:count]), ("left", drawn[count:])):
