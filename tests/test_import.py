@@ -236,6 +236,12 @@ class Hostile:
         return (print, ("run",))
 
 
+def damaged(state, name, value):
+    """One tensor of the decoder is another."""
+    assert name in state["models"]["generator"]
+    return {"models": {**state["models"], "generator": {**state["models"]["generator"], name: value}}}
+
+
 @pytest.mark.parametrize(
     ("change", "words", "told"),
     [
@@ -256,6 +262,8 @@ class Hostile:
         ),
         (lambda state: {"models": published(3, posterior=1)}, [], "a posterior has 12: an encoder of ALAE itself has none"),
         (lambda state: {"models": {**state["models"], "mapping_fl": {}}}, [], "no checkpoint of style_soft_intro_vae"),
+        (lambda state: damaged(state, "to_rgb.1.to_rgb.weight", torch.ones(3)), [], "a to_rgb of it is no convolution"),
+        (lambda state: damaged(state, "const", torch.eye(2)), [], r"has shape \[2, 2\], the network needs"),
         (lambda state: {"models": Hostile()}, [], "cannot be read as weights"),
         (lambda state: [1], [], "should be a state dict"),
     ],
