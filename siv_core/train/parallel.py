@@ -191,5 +191,9 @@ def start(device: torch.device) -> Parallel:
     if _world() == 1:
         return Parallel()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # torchrun keeps its store when it starts the processes again, with the addresses of those that are gone
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=own, rank=rank, world_size=world)
     return Parallel(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))  # type: ignore[arg-type]
