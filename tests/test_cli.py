@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,7 +25,6 @@ from toys import SMALL
 import siv_core
 from siv_core.data import datafile
 from siv_core.errors import UserError
-from siv_core.recipe import recipe
 from siv_core.runs import check as inspect
 from siv_core.runs import timing
 from siv_core.store import checkpoint
@@ -405,6 +404,7 @@ def test_averaged_weights_are_used_where_the_run_kept_them(siv, tmp_path):
         more = () if weights == "auto" else ("--weights", weights)
         models[weights] = json.loads(succeeded(siv("sample", "run", "-n", "1", "--json", *more)))["model"]
     assert models == {name: f"step_00000012, {used} weights" for name, used in (("auto", "ema"), ("raw", "raw"), ("ema", "ema"))}
+    assert ": step_00000012, raw weights" in succeeded(siv("evaluate", "run", "--weights", "raw", "--device", "cpu"))
 
 
 # -- what a run would cost -------------------------------------------------------------------------------------------------------
@@ -423,8 +423,7 @@ objective = {{ name = "soft_intro_vae" }}
 
 
 def measured(known, text, device="cpu"):
-    read = recipe.parse(tomllib.loads(text), Path("r.toml"), b"", known, (), (), False)
-    return inspect.measure(read, known, torch.device(device), lambda what, done, total: None)
+    return inspect.measure(toys.read(known, text), known, torch.device(device), lambda what, done, total: None)
 
 
 def test_check_measures_each_stage(catalogue, tmp_path, monkeypatch):
@@ -450,6 +449,14 @@ def test_what_is_not_at_hand_is_measured_on_random_numbers(catalogue, monkeypatc
     found = measured(catalogue, small + '[reconstruction]\nname = "vgg_perceptual"\n')
     assert list(found) == ["not_measured"]
     assert found["not_measured"].startswith("the weights of VGG-16 are not at hand")
+
+
+def test_check_names_the_settings_that_are_faster_here(siv, tmp_path):
+    (tmp_path / "r.toml").write_text(STAGED.replace("3 epochs", "3 steps"))
+    said = succeeded(siv("check", "r.toml", "--measure", "--device", "cpu", seconds=120))
+    assert "keep_graphs = true" in said
+    assert 'precision = "bf16"' in said
+    assert "compile" not in said.partition("`siv tune`")[0]
 
 
 def test_the_device_goes_with_measuring(siv, tiny):

@@ -74,6 +74,28 @@ def test_a_command_ends_where_it_is_asked_to(tmp_path):
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "told"),
+    [
+        ("error", OSError("[Errno 28] No space left"), "OSError: [Errno 28] No space left"),
+        ("lost", None, "the scheduler calls it lost"),
+    ],
+)
+def test_why_a_command_came_to_no_end_stands_in_its_log(tmp_path, status, error, told):
+    class Future:
+        def done(self):
+            return True
+
+        def exception(self):
+            return error
+
+    future = Future()
+    future.status = status
+    remote = cluster.Remote(future, tmp_path / "log.txt", tmp_path / "log.stop")
+    assert (remote.poll(), remote.wait()) == (1, 1)
+    assert (tmp_path / "log.txt").read_text() == f"the cluster did not bring it to its end ({told})\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):

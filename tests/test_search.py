@@ -6,21 +6,15 @@ import json
 import sys
 
 import pytest
+from toys import SMALL
 
 from siv_core.errors import UserError
 from siv_core.recipe import catalogue as catalogues
 from siv_core.store.rundir import RunDir
-from siv_core.sweep import proposals, sweep
+from siv_core.sweep import proposals, search, sweep
 from siv_core.sweep.search import Range, Search, SearchOptions
 
-RECIPE = """
-format = 1
-[data]
-name = "digits"
-[network]
-name = "mlp"
-z_dim = 3
-hidden = [16]
+RECIPE = f"""{SMALL}
 [objective]
 name = "vae"
 [train]
@@ -30,6 +24,8 @@ tick = "3 steps"
 [metrics.latent_probes]
 class_factor = "digit"
 trained = []
+[profiles.cpu.train]
+batch = 32
 """
 FIND = """
 format = 1
@@ -188,6 +184,30 @@ def test_a_database_takes_the_place_of_the_journal(tmp_path):
         study(tmp_path, storage="nowhere://x")
 
 
+def test_a_machine_goes_on_with_its_own_and_with_what_another_has_left(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    monkeypatch.setattr(search.platform, "node", lambda: "there")
+    there = study(tmp_path, trials=4, storage=url)
+    begun, left, at_work = there.ask(), there.ask(), there.ask()
+    monkeypatch.setattr(search.platform, "node", lambda: "here")
+    here = study(tmp_path, trials=4, storage=url)
+    own = here.ask()
+    for name in (left, at_work):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text("{}")
+    with RunDir(tmp_path / at_work).locked():
+        assert here.mine() == [left, own]  # not what the other one is about to begin, nor what it works on
+        assert here.open() == [begun, left, at_work, own]
+
+
+def test_other_choices_are_another_study(tmp_path, monkeypatch):
+    one = study(tmp_path, trials=9)
+    one.ask()
+    monkeypatch.setitem(RANGES, "c", Range(choices=([1, 2], "y")))
+    with pytest.raises(UserError, match=r"search\.ranges\.c: is not what the study was begun with"):
+        study(tmp_path, trials=9).ask()
+
+
 def test_without_optuna_the_remedy_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"takes Optuna .*: pip install 'siv\[search\]'"):
@@ -200,7 +220,7 @@ def test_the_end_of_a_process_that_told_nothing_is_taken_in(tmp_path):
     recipes = sweep.resolve(made, known, cpu_only=False)
     board = Board()
     (tmp_path / "root").mkdir()
-    source = proposals.Proposals.of(made, recipes, known, tmp_path / "root", "cpu", board)
+    source = proposals.Proposals.of(made, recipes, known, tmp_path / "root", "cpu", board, cpu_only=False)
     name = source.search.ask()
     assert source.search.open() == [name]
     source.over(name, "failed")
@@ -234,6 +254,7 @@ def test_a_search_runs_to_its_end_and_goes_on_with_more_trials(siv, tmp_path):
         resolved = RunDir(root / name).resolved()
         assert resolved["network"]["z_dim"] == row["key"]["network.z_dim"]
         assert resolved["stages"][0]["optim"]["all"]["lr"] == row["key"]["optim.lr"]
+        assert resolved["train"]["batch"] == 32  # the profile of machines like this one, which is not given
     assert (root / "history.png").stat().st_size > 5000
     again = siv("sweep", "find.toml", "--device", "cpu", seconds=100)
     assert "0 of them to go" in again.stdout
@@ -245,5 +266,11 @@ def test_a_search_runs_to_its_end_and_goes_on_with_more_trials(siv, tmp_path):
         refused = siv("sweep", "find.toml", *wrong)
         assert refused.returncode == 2
         assert "go with trials that are known beforehand" in refused.stderr
+    (tmp_path / "wild.toml").write_text(
+        FIND.replace("low = 1e-5, high = 1e-1", "low = 1e29, high = 1e30").replace("trials = 3", "trials = 1")
+    )
+    none = siv("sweep", "wild.toml", "--device", "cpu", seconds=100)
+    assert none.returncode == 3, none.stdout
+    assert "no trial is finished yet" in none.stdout
     listed = siv("sweep", "find.toml", "--dry-run")
     assert "network.z_dim: 2 … 8" in listed.stdout

@@ -566,6 +566,13 @@ def test_what_cannot_be_mixed(siv_in, run, words, told):
     assert told in done.stderr
 
 
+def test_pictures_without_labels_are_not_mixed_by_a_model_that_encodes_with_them(tmp_path):
+    conditional = model(spec=Spec((3, 16, 16), classes=4, conditional=True))
+    given = {"left": (torch.zeros(2, 3, 16, 16), [])}
+    with pytest.raises(UserError, match=r"--take left=…: this model encodes by label, and pictures here have none"):
+        mixing.mix(conditional, tmp_path, ["coarse"], given, 2, 0)
+
+
 # -- what does not fit -----------------------------------------------------------------------------------------------------------
 
 

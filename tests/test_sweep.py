@@ -25,7 +25,7 @@ from PIL import Image
 
 from siv_core.errors import UserError
 from siv_core.recipe import recipe
-from siv_core.store.rundir import RunDir
+from siv_core.store.rundir import RunDir, busy
 from siv_core.sweep import jobs as sweep_jobs
 from siv_core.sweep import names as sweep_names
 from siv_core.sweep import pictures as sweep_pictures
@@ -718,7 +718,7 @@ def test_a_time_for_the_whole(tmp_path, siv):
     assert done.returncode == 0, done.stderr
     assert "stopped after 6 s as asked; the same command goes on" in done.stdout
     assert "lacking" in (tmp_path / "runs/two/table.md").read_text()
-    assert not sweep_table.busy(RunDir(tmp_path / "runs/two/seed=0"))
+    assert not busy(RunDir(tmp_path / "runs/two/seed=0"))
 
 
 @pytest.mark.slow
@@ -754,4 +754,4 @@ def test_a_second_signal_takes_the_trials_along(tmp_path, siv):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
-    wait_for(lambda: not sweep_table.busy(RunDir(run)), seconds=10)
+    wait_for(lambda: not busy(RunDir(run)), seconds=10)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from toys import SMALL
+from toys import SMALL, read
 
-from siv_core.recipe import build, recipe
+from siv_core.recipe import build
 from siv_core.runs import timing, tune
 
 STAGED = f"""{SMALL}
@@ -30,10 +29,6 @@ optim = {{ lr = 1e-4 }}
 """
 CNN = STAGED.replace('name = "mlp"\nz_dim = 3\nhidden = [16]', 'name = "residual_cnn"\nz_dim = 3\nchannels = [8]')
 SECONDS = {0: 0.1, 1: 0.4}  # a step, by the first stage of a kind
-
-
-def read(known, text):
-    return recipe.parse(tomllib.loads(text), Path("r.toml"), b"", known, (), (), False)
 
 
 def tuned(known, text, tried=tune.TRIED):

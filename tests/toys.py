@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from siv_core.objectives import soft_intro_vae
 from siv_core.protocols import Networks, Objective, Phase, Shadow, Spec
 from siv_core.recipe import build
 from siv_core.recipe.catalogue import Catalogue, Owner
-from siv_core.recipe.recipe import parse
+from siv_core.recipe.recipe import Recipe, parse
 from siv_core.runs.watchers import Silent
 from siv_core.store.rundir import RunDir
 from siv_core.train.parallel import Parallel
@@ -81,6 +82,11 @@ def trainer(catalogue: Catalogue, folder: Path, recipe: dict[str, Any], *, toys_
     data.prepare(lambda what, done, total: None)
     built = build.build(read, known, data)
     return Trainer.of(built, RunDir.at(folder), torch.device("cpu"), Parallel(), Silent())
+
+
+def read(catalogue: Catalogue, text: str) -> Recipe:
+    """A recipe of this text."""
+    return parse(tomllib.loads(text), Path("r.toml"), b"", catalogue, (), (), False)
 
 
 @frozen

@@ -239,13 +239,19 @@ def check(
     from siv_core.recipe import recipe as recipes
     from siv_core.runs import check as checks
     from siv_core.runs import device as devices
+    from siv_core.runs import tune as tuning
 
     catalogue = catalogues.load()
     loaded = recipes.load(recipe, catalogue, profiles, sets, cpu_only=not devices.nvidia_present())
     elsewhere = recipes.with_each_profile(recipe, catalogue, profiles)
     if elsewhere:
         raise UserError(elsewhere)
-    measured = checks.measure(loaded, catalogue, devices.pick_device(device or "auto"), watcher.progress) if measure else None
+    measured = None
+    if measure:
+        where = devices.pick_device(device or "auto")
+        measured = checks.measure(loaded, catalogue, where, watcher.progress)
+        if "not_measured" not in measured:
+            measured["settings"] = tuning.tune(loaded, catalogue, where, watcher.progress, tuning.QUICK)
     report = checks.check(loaded, catalogue)
     if as_json:
         print_json({**report, "measured": measured} if measure else report)
@@ -288,7 +294,8 @@ def show_measured(watcher: Screen, measured: dict[str, Any]) -> None:
     watcher.say(f"  peak memory {measured['peak_bytes'] / 2**30:.2f} GiB")
     if measured["device_peak_bytes"] is not None:
         watcher.say(f"  peak memory of the device {measured['device_peak_bytes'] / 2**30:.2f} GiB")
-    watcher.say("  `siv tune` with the same arguments tells which settings of [train] are faster here")
+    show_tuned(watcher, measured["settings"])
+    watcher.say("`siv tune` with the same arguments tries compiled phases and half batches too")
 
 
 @cli.command()

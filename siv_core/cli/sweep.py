@@ -188,7 +188,7 @@ def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table
         return
     files.make_folder(root)
     files.write_bytes(root / "sweep.toml", plan.source)
-    source = proposals.Proposals.of(plan, recipes, catalogue, root, how.device, watcher)
+    source = proposals.Proposals.of(plan, recipes, catalogue, root, how.device, watcher, cpu_only=cpu_only)
     if not only_table:
         try:
             if not source.work(crew_of(how, root, watcher), how.until):
@@ -196,7 +196,7 @@ def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table
         except Stopped as stop:
             watcher.say(f"{stop}; the same command goes on")
             raise
-    plan, outcomes = source.outcomes(cpu_only)
+    plan, outcomes = source.outcomes()
     result = report(plan, outcomes, root, watcher)
     for path, reason in source.pictures():
         watcher.say(f"picture {path.name} was not drawn: {reason}" if reason else f"wrote {path}")
@@ -204,6 +204,8 @@ def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table
     watcher.say(f"best: {best}" if best else "no trial is finished yet")
     if as_json:
         print_json({**result, "best": best})
+    if not best:
+        fail([one.state for one in outcomes])
 
 
 def report(plan: Sweep, outcomes: list[Outcome], root: Path, watcher: Screen) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from siv_core.train.trainer import Trainer
 
 ROUNDS = 3  # timed pieces of each row, by turns with the recipe's own
 WORTH_TELLING = 0.97  # of the time: what saves less is not told from noise
-TRIED = ("channels_last", "keep_graphs", "precision", "compile", "micro_batch")
+QUICK = ("channels_last", "keep_graphs", "precision")  # `siv check --measure` tries these
+TRIED = (*QUICK, "compile", "micro_batch")
 Change = dict[str, Any]  # keys of `[train]` -> values
 
 

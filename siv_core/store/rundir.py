@@ -225,3 +225,12 @@ def unfinished(root: Path, resolved: dict[str, Any]) -> list[Path]:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def busy(run: RunDir) -> bool:
+    """Whether a process is working on this run."""
+    if not (run.path / "lock").exists():
+        return False
+    with contextlib.suppress(UserError), run.locked():
+        return False
+    return True

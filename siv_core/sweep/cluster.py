@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -97,15 +96,23 @@ class Remote:
     """A command on some worker, with what is used of a `Popen`."""
 
     future: Any  # of distributed: an exit code
+    log: Path
     stop: Path  # a file there asks for its end
     returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None and self.future.done():
-            # a worker that was killed again and again takes the trial with it
-            self.returncode = int(self.future.result()) if self.future.status == "finished" else -signal.SIGKILL
+            self.returncode = int(self.future.result()) if self.future.status == "finished" else self._failed()
             self.stop.unlink(missing_ok=True)
         return self.returncode
+
+    def _failed(self) -> int:
+        """No command came to its end: a worker killed again and again, a scheduler that is gone. The log has the reason."""
+        error = self.future.exception() if self.future.status == "error" else None
+        reason = f"{type(error).__name__}: {error}" if error else f"the scheduler calls it {self.future.status}"
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"the cluster did not bring it to its end ({reason})\n")
+        return 1
 
     def wait(self) -> int:
         while (code := self.poll()) is None:
@@ -131,7 +138,7 @@ class Cluster:
         stop.unlink(missing_ok=True)
         folder, log = os.getcwd(), str(bundle.log.absolute())
         future = self.client.submit(command, bundle.command, folder, dict(environment), log, str(stop), pure=False, retries=3)
-        return Remote(future, stop)
+        return Remote(future, Path(log), stop)
 
 
 def command(arguments: tuple[str, ...], folder: str, environment: dict[str, str], log: str, stop: str) -> int:

@@ -22,9 +22,8 @@ from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.recipe import Recipe, differences
 from siv_core.runs import record, together
 from siv_core.store import files
-from siv_core.store.rundir import RunDir
+from siv_core.store.rundir import RunDir, busy
 from siv_core.sweep.sweep import Sweep, Trial, for_each
-from siv_core.sweep.table import busy
 from siv_core.train import stacked
 
 POLL_SECONDS = 0.2

@@ -53,22 +53,31 @@ class Proposals:
     device: str
     board: jobs.Board
     trial_steps: int
+    cpu_only: bool  # no NVIDIA device is present: a profile named cpu applies by itself
 
     @classmethod
     def of(
-        cls, sweep: Sweep, recipes: dict[str, Recipe], catalogue: Catalogue, root: Path, device: str, board: jobs.Board
+        cls,
+        sweep: Sweep,
+        recipes: dict[str, Recipe],
+        catalogue: Catalogue,
+        root: Path,
+        device: str,
+        board: jobs.Board,
+        *,
+        cpu_only: bool,
     ) -> Proposals:
         """The data at hand and prepared, networks built at the ends of the ranges, the study opened."""
         assert sweep.search
         made = jobs.prepare(sweep, recipes, catalogue, board)
         found = search.Search(*sweep.search, root, sweep.name)
-        return cls(sweep, found, catalogue, root, device, board, max(one.steps for one in made.values()))
+        return cls(sweep, found, catalogue, root, device, board, max(one.steps for one in made.values()), cpu_only)
 
     def work(self, crew: jobs.Crew, until: float | None) -> bool:
         """Runs that were begun before go on first; see `jobs.Crew.work`."""
-        for name in self.search.open():  # whoever ran them did not come to tell
+        for name in self.search.mine():  # whoever ran them did not come to tell
             self.over(name, self._outcome(name).state)
-        begun = [self._bundle(name) for name in self.search.open()]
+        begun = [self._bundle(name) for name in self.search.mine()]
         left = self.search.left() + len(begun)
         self.board.say(f"{self.root}: {self.search.options.trials} trials, {left} of them to go, {crew.limit} at a time")
         return crew.work(begun, until, self)
@@ -99,11 +108,11 @@ class Proposals:
 
     # -- what there is -----------------------------------------------------------------------------------------------------------
 
-    def outcomes(self, cpu_only: bool) -> tuple[Sweep, list[table.Outcome]]:
+    def outcomes(self) -> tuple[Sweep, list[table.Outcome]]:
         """The sweep with all its trials so far, and what they came to."""
         begun = self.search.begun()
         sweep = evolve(self.sweep, trials=tuple(map(self._trial, begun)))
-        found = table.outcomes(sweep, resolve(sweep, self.catalogue, cpu_only=cpu_only), self.root)
+        found = table.outcomes(sweep, resolve(sweep, self.catalogue, cpu_only=self.cpu_only), self.root)
         pruned = {name for name, one in begun.items() if one.state.name == "PRUNED"}
         return sweep, [evolve(one, state="pruned") if one.trial.name in pruned else one for one in found]
 
@@ -134,4 +143,4 @@ class Proposals:
 
     def _outcome(self, name: str) -> table.Outcome:
         sweep = evolve(self.sweep, trials=(self._trial(name),))
-        return table.outcomes(sweep, resolve(sweep, self.catalogue, cpu_only=False), self.root)[0]
+        return table.outcomes(sweep, resolve(sweep, self.catalogue, cpu_only=self.cpu_only), self.root)[0]

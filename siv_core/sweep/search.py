@@ -6,8 +6,10 @@ worth is a metric of its run; in the middle of training (`metrics.NAME.every`) t
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +20,12 @@ from attrs import evolve, field, frozen
 from siv_core.component import option
 from siv_core.errors import UserError
 from siv_core.recipe.convert import structure
-from siv_core.store.rundir import RunDir
+from siv_core.store.rundir import RunDir, busy
 
 if TYPE_CHECKING:
     import optuna
+
+HOST = "host"  # of a trial: the machine that has proposed it
 
 
 @frozen
@@ -53,14 +57,14 @@ class Range:
     def value(self, trial: optuna.trial.Trial, key: str) -> Any:
         """As this trial has it."""
         if self.choices:
-            return self.choices[trial.suggest_categorical(key, range(len(self.choices)))]
+            return self.shown(trial.suggest_categorical(key, [json.dumps(choice) for choice in self.choices]))
         if self.whole:
             return trial.suggest_int(key, int(self.low), int(self.high), step=int(self.step) or 1, log=self.log)
         return trial.suggest_float(key, self.low, self.high, step=self.step or None, log=self.log)
 
     def shown(self, value: Any) -> Any:
         """What a study's parameter stands for."""
-        return self.choices[value] if self.choices else value
+        return json.loads(value) if self.choices else value
 
     def ends(self) -> tuple[Any, ...]:
         """Values that a recipe has to take."""
@@ -149,9 +153,24 @@ class Search:
         if not self.left():
             return None
         trial = self.study.ask()
+        trial.set_user_attr(HOST, platform.node())
         for key, one in self.ranges.items():
-            one.value(trial, key)
+            try:
+                one.value(trial, key)
+            except ValueError as error:
+                self.study.tell(trial, state=_state("FAIL"))
+                told = f"is not what the study was begun with ({error}): take another folder, or another name of the file"
+                raise UserError(f"search.ranges.{key}: {told}") from error
         return run_name(trial.number)
+
+    def mine(self) -> list[str]:
+        """Open ones that this machine may go on with: its own, and those whose run another one has left."""
+        found = []
+        for name in self.open():
+            run, here = RunDir(self.root / name), self.begun()[name].user_attrs.get(HOST) == platform.node()
+            if not busy(run) and (here or (run.path / "status.json").exists()):
+                found.append(name)
+        return found
 
     def open(self) -> list[str]:
         """Those whose worth is not known."""
@@ -174,14 +193,18 @@ class Search:
 
     def tell(self, name: str, state: str, value: float | None) -> None:
         """How a run ended: finished with this value, pruned, diverged or failed. A run that was stopped goes on another time."""
-        from optuna.trial import TrialState
-
-        states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-        if state not in (*states, "diverged", "failed") or name not in self.open():
+        if state not in ("finished", "pruned", "diverged", "failed") or name not in self.open():
             return
-        worth = value is not None and math.isfinite(value) if state == "finished" else state == "pruned"
-        told = states[state] if worth else TrialState.FAIL
-        self.study.tell(number(name), value if told == TrialState.COMPLETE else None, state=told)
+        if state == "finished" and value is not None and math.isfinite(value):
+            self.study.tell(number(name), value)
+        else:
+            self.study.tell(number(name), state=_state("PRUNED" if state == "pruned" else "FAIL"))
+
+
+def _state(name: str) -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState[name]
 
 
 def _name(line: Mapping[str, Any]) -> str:

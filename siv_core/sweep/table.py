@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
@@ -18,7 +17,7 @@ from attrs import frozen
 from siv_core.errors import UserError, near_miss
 from siv_core.recipe.recipe import Recipe, differences
 from siv_core.store import files
-from siv_core.store.rundir import RunDir
+from siv_core.store.rundir import RunDir, busy
 from siv_core.sweep.names import short_names, shown
 from siv_core.sweep.sweep import Sweep, Trial, for_each
 
@@ -54,15 +53,6 @@ def outcome(trial: Trial, read: Recipe, run: RunDir) -> Outcome:
         state = "changed"
     values = measured(run.read("metrics")) if state == "finished" else {}
     return Outcome(trial, run, state, status.get("step", 0), values, wall_seconds(run.read("stats")))
-
-
-def busy(run: RunDir) -> bool:
-    """Whether a process is working on this run."""
-    if not (run.path / "lock").exists():
-        return False
-    with contextlib.suppress(UserError), run.locked():
-        return False
-    return True
 
 
 def measured(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

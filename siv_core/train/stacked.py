@@ -27,6 +27,8 @@ from siv_core.train.schedule import Schedule
 from siv_core.train.step import play
 from siv_core.train.trainer import Trainer
 
+MAPPING = ("vmap", "functorch", "batching rule")  # words of errors that torch has for what it cannot map
+
 
 class Stack:
     """Runs in lockstep, all in the same stage and `alike`."""
@@ -86,9 +88,9 @@ class Stack:
 
         try:
             loss, terms, carried = vmap(one)(*(leaves[i] for i in at))
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError) as error:
+            if not any(word in str(error) for word in MAPPING):
+                raise  # it would be as wrong in a run alone
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"phase '{phase.name}' cannot be mapped over runs ({reason}): leave --stack out") from error
         shape, others = kept
