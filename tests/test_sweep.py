@@ -115,6 +115,41 @@ def test_a_trial_may_have_its_own_recipe_and_profiles(read, catalogue, tmp_path)
     }
 
 
+TIED = (
+    HEAD
+    + """
+seeds = [0]
+[[trials]]
+label = "soft"
+stages = [{ length = "1 steps", objective = { name = "vae", beta_kl = { same = "objective.beta_kl" } } }, { length = "2 steps" }]
+train.micro_batch = { same = "train.batch" }
+train.batch = 8
+[trials.grid]
+"objective.beta_kl" = [0.1, 0.3]
+"objective.beta_neg" = { times = "objective.beta_kl", values = [1, 3] }
+"""
+)
+
+
+def test_values_may_follow_others(read, catalogue):
+    """`same` anywhere in a trial's tables, `times` in a grid: the same as a file that writes every value out."""
+    made = read(TIED)
+    assert [trial.name for trial in made.trials] == [
+        "soft_beta_kl=0.1_beta_neg=0.1_seed=0",
+        "soft_beta_kl=0.1_beta_neg=0.3_seed=0",  # 3 × 0.1 is 0.30000000000000004 to a computer
+        "soft_beta_kl=0.3_beta_neg=0.3_seed=0",
+        "soft_beta_kl=0.3_beta_neg=0.9_seed=0",
+    ]
+    found = sweep.resolve(made, catalogue, cpu_only=False)
+    for trial in made.trials:
+        beta_kl, beta_neg = trial.value("objective.beta_kl"), trial.value("objective.beta_neg")
+        first = f'{{ length = "1 steps", objective = {{ name = "vae", beta_kl = {beta_kl} }} }}'
+        by_hand = (f'stages=[{first}, {{ length = "2 steps" }}]', "train={micro_batch = 8, batch = 8}",
+                   f"objective.beta_kl={beta_kl}", f"objective.beta_neg={beta_neg}", "train.seed=0")  # fmt: skip
+        assert found[trial.name].resolved() == recipe.load(trial.recipe, catalogue, (), by_hand).resolved()
+        assert trial.value("train.micro_batch") == 8
+
+
 def test_seeds_alone_and_a_grid_alone(read):
     assert [(one.name, one.seed, one.sets) for one in read(HEAD + "seeds = [7]").trials] == [("seed=7", 7, ("train.seed=7",))]
     [first, _] = read(HEAD + "[grid]\ntrain.batch = [1, 2]").trials
@@ -131,6 +166,7 @@ def test_rows_are_labels_and_grid_keys_unless_told(read):
 def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
     numbers = {
         "table2": 12 * 5,
+        "table2_search": 81 + 210 + 1260,
         "margin": (10 + 1) * 5,
         "collapse": 2,
         "variants": 15,
@@ -193,6 +229,15 @@ WRONG = {
     HEAD + 'seeds = [1]\nsets = ["batch"]': ["sets: 'batch': expected KEY=VALUE"],
     HEAD + "[grid]\ntrain.batch = []": ["grid.train.batch: expected a list of values, got []"],
     HEAD + "[grid]\ntrain.batch = [1, 1]": ["grid.train.batch: a value is there twice"],
+    HEAD + '[grid]\ntrain.batch = {times = "optim.lr", values = [1]}': [
+        "grid.train.batch: multiples of 'optim.lr', of which the trial sets no numbers"
+    ],
+    HEAD + '[grid]\noptim.lr = [1.0]\ntrain.batch = {times = "optim.l", values = [1]}': ["did you mean 'optim.lr'?"],
+    HEAD + '[grid]\ntrain.batch = {times = "optim.lr", values = [0]}': ["grid.train.batch: expected { times = "],
+    HEAD + '[grid]\noptim.lr = [1.0]\ntrain.batch = {times = "optim.lr", values = [2, 2]}': ["batch: a value is there twice"],
+    HEAD + '[[trials]]\nlabel = "a"\ntrain.batch = 8\ntrain.micro_batch = {same = "train.bach"}': [
+        "trials[0].train.micro_batch: the same as 'train.bach', which the trial does not set; did you mean 'train.batch'?"
+    ],
     HEAD + "[grid]\noptim.lr = [inf]": ["grid.optim.lr: holds a value that no recipe takes"],
     HEAD + "seeds = [1]\n[grid]\ntrain.seed = [1]": ["train.seed is varied and set: say it in one place"],
     HEAD + "[[trials]]\noptim.lr = 1.0": ['trials[0].label: missing, such as label = "IntroVAE"'],
@@ -275,11 +320,12 @@ def test_every_trial_is_checked_and_each_problem_told_once(read, catalogue):
 
 
 def test_metrics_that_no_trial_has(read, catalogue):
-    text = HEAD + 'seeds = [0]\n[table]\nmetrics = ["latent_probe.z"]\n'
+    text = HEAD + 'seeds = [0]\n[table]\nmetrics = ["latent_probe.z"]\nbest = "e.f"\n'
     text += '[[pictures]]\nkind = "line"\nname = "x"\nx = "label"\ny = ["b.c"]\n'
     found = problems(lambda: sweep.resolve(read(text), catalogue, cpu_only=False))
     assert "table.metrics: 'latent_probe.z': no trial has a metric 'latent_probe'; did you mean 'latent_probes'?" in found[0]
-    assert "pictures[0].y: 'b.c': no trial has a metric 'b'" in found[1]
+    assert "table.best: 'e.f': no trial has a metric 'e'" in found[1]
+    assert "pictures[0].y: 'b.c': no trial has a metric 'b'" in found[2]
 
 
 def test_what_only_shows_when_it_is_built_is_told_before_the_first_trial(read, catalogue):
@@ -433,6 +479,30 @@ def test_the_table_is_naive_arithmetic(swept):
     for path in sweep_table.write(result, root):
         assert path.exists()
     assert json.loads((root / "table.json").read_text()) == result
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", ["a", "b 3.0"]), ("maximize", ["a", "b 1.0"])])
+def test_the_best_row_of_each_label(swept, direction, best):
+    """Of rows that are finished, by the mean over seeds; the words say that it has been chosen."""
+    made, recipes, root = swept
+    made = evolve(made, table=evolve(made.table, best="latent_probes.n", direction=direction))
+    values = {"a_": [4.0, 5.0, 6.0], "b_beta_neg=3.0_": [1.0, 1.0, 4.0], "b_beta_neg=1.0_": [0.0, 9.0, 3.0]}
+    for name, of in values.items():
+        for seed, value in enumerate(of):
+            write_run(RunDir(root / f"{name}seed={seed}"), recipes[f"{name}seed={seed}"].resolved(), values=[-value, value])
+    result = sweep_table.table(made, sweep_table.outcomes(made, recipes, root))
+    assert [" ".join(str(one) for one in found["key"].values() if one is not None) for found in result["best"]] == best
+    assert [found["mean"] for found in result["best"]] == [5.0, 2.0 if direction == "minimize" else 4.0]
+    assert [(found["among"], found["of"], found["n"]) for found in result["best"]] == [(1, 1, 3), (2, 2, 3)]
+    text = sweep_table.markdown(result)
+    assert (
+        f"- b: of 2 rows the best latent_probes.n is {result['best'][1]['mean']:.4g}, with beta_neg {best[1][2:]}; chosen on this"
+        in text
+    )
+    write_run(RunDir(root / "b_beta_neg=3.0_seed=1"), recipes["b_beta_neg=3.0_seed=1"].resolved(), state="failed")
+    result = sweep_table.table(made, sweep_table.outcomes(made, recipes, root))
+    assert result["best"][1]["key"] == {"label": "b", "objective.beta_neg": 1.0}
+    assert "b: of 1 finished rows of 2 the best" in sweep_table.markdown(result)
 
 
 def test_a_recipe_edited_while_the_sweep_ran_does_not_enter_the_mean(swept):

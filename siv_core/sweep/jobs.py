@@ -23,7 +23,8 @@ from siv_core.recipe.recipe import Recipe, differences
 from siv_core.runs import record, together
 from siv_core.store import files
 from siv_core.store.rundir import RunDir, busy
-from siv_core.sweep.sweep import Sweep, Trial, for_each
+from siv_core.sweep.sweep import Sweep, for_each
+from siv_core.sweep.trials import Trial
 from siv_core.train import stacked
 
 POLL_SECONDS = 0.2
@@ -153,8 +154,10 @@ def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], catalogue: Catalogue, b
     for one in datasets.values():
         one.prepare(board.progress)
     known: dict[str, Made | UserError] = {}
+    number = {name: i for i, name in enumerate(recipes, start=1)}
 
     def built(name: str) -> Made:
+        board.progress("networks of trials", number[name], len(number))
         tree = recipes[name].resolved()
         key = json.dumps({**tree, "train": {**tree["train"], "seed": 0}}, sort_keys=True)  # a seed changes no shape
         if key not in known:

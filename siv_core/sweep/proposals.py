@@ -14,7 +14,8 @@ from siv_core.recipe.recipe import Recipe
 from siv_core.store.rundir import RunDir
 from siv_core.sweep import jobs, search, table
 from siv_core.sweep.names import shown, toml
-from siv_core.sweep.sweep import Sweep, Trial, resolve
+from siv_core.sweep.sweep import Sweep, resolve
+from siv_core.sweep.trials import Trial
 
 
 def check(sweep: Sweep, recipes: dict[str, Recipe]) -> None:

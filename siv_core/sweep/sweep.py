@@ -1,19 +1,14 @@
 """A sweep: one TOML file that varies a recipe, read into trials, each of which is an ordinary run.
 
-Trials are the product of `[[trials]]` (override tables with a label), `[grid]` (keys and their values) and `seeds`. What a trial
-changes is written as `siv run --set` takes it, so that its run directory tells and repeats it without the sweep.
+Trials are the product of `[[trials]]` (override tables with a label), `[grid]` (keys and their values) and `seeds`.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import itertools
-import math
-import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +21,9 @@ from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.convert import structure
 from siv_core.recipe.recipe import Recipe
 from siv_core.sweep import search
-from siv_core.sweep.names import folder_name, last, short_names, shown, toml
+from siv_core.sweep.trials import Common, Trial, of_table, overlap, read_grid
 
 FORMAT = 1
-OWN = ("label", "recipe", "profiles", "grid")  # what an entry of [[trials]] has beside the tables it overrides
 KINDS: dict[str, type] = {
     "grid": dict,
     "table": dict,
@@ -37,7 +31,6 @@ KINDS: dict[str, type] = {
     "pictures": list,
     "search": dict,
 }  # of a sweep file's tables
-SEED = "train.seed"
 TAKEN = ("lock", "logs", "sweep.toml", "table.csv", "table.json", "table.md")  # siv's own names in a sweep's folder
 
 
@@ -47,6 +40,8 @@ class TableOptions:
 
     metrics: tuple[str, ...] = option((), doc='values to show, such as "density2d.official.kl"; none: all')
     group_by: tuple[str, ...] = option((), doc='what makes a row: "label", "recipe", keys that vary; none: label and grid keys')
+    best: str = option("", doc='the value that tells the best row of each label, such as "density2d.official.kl"')
+    direction: str = option("minimize", doc="of `best`", choices=("minimize", "maximize"))
 
 
 @frozen
@@ -79,34 +74,6 @@ class SweepOptions:
     table: dict[str, Any] = field(factory=dict)
     pictures: list[dict[str, Any]] = field(factory=list)
     search: dict[str, Any] = field(factory=dict)  # trials that are proposed one after the other
-
-
-@frozen
-class Trial:
-    """One run of a sweep."""
-
-    name: str  # of its folder
-    label: str
-    recipe: Path
-    profiles: tuple[str, ...]
-    sets: tuple[str, ...]
-    varied: dict[str, Any]  # dotted key -> value, of the grid
-    overrides: dict[str, Any]  # dotted key -> value, of its table in [[trials]]
-    seed: int | None  # None: the recipe's own
-
-    def value(self, key: str) -> Any:
-        """Of a dotted key, `label` or `recipe`; None where this trial does not set it."""
-        seed = {} if self.seed is None else {SEED: self.seed}
-        own = {"label": self.label, "recipe": self.recipe.stem, **self.overrides, **self.varied, **seed}
-        return own.get(key)
-
-    def given(self) -> tuple[str, ...]:
-        """Dotted keys that the sweep sets in it."""
-        return (*self.overrides, *self.varied, *([] if self.seed is None else [SEED]))
-
-    def title(self) -> str:
-        """Label and grid values, as a person reads them."""
-        return ", ".join(filter(None, [self.label, *(f"{last(key)} {shown(value)}" for key, value in self.varied.items())]))
 
 
 @frozen
@@ -222,13 +189,17 @@ def _search(
         return None, [], None
     made: list[Trial] = []
     for values in ({}, *search.at_the_ends(found[1])):
-        made += _of_table({}, "", options, {key: [value] for key, value in values.items()}, path, sets, problems)
+        made += of_table({}, "", _common(options, path, sets), {key: [value] for key, value in values.items()}, problems)
     return found, made[1:], made[0] if made else None
+
+
+def _common(options: SweepOptions, path: Path, sets: tuple[str, ...]) -> Common:
+    return Common(path.parent, options.recipe, options.profiles, options.sets, sets, options.seeds)
 
 
 def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: list[str]) -> tuple[None, list[Trial], None]:
     """The product of trials, grid and seeds; what is wrong goes to `problems`."""
-    grid = _grid(options.grid, "grid", problems)
+    grid = read_grid(options.grid, "grid", problems)
     if not (problems or options.trials or options.grid or options.seeds):
         problems.append("nothing varies: give seeds, a [grid] or [[trials]]")
     if len(set(options.seeds)) < len(options.seeds):
@@ -239,7 +210,7 @@ def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: 
     made: list[Trial] = []
     for i, table in enumerate(options.trials or ({},)):
         where = f"trials[{i}]" if options.trials else ""
-        made += _of_table(table, where, options, grid, path, sets, problems)
+        made += of_table(table, where, _common(options, path, sets), grid, problems)
     labels = [table.get("label") for table in options.trials]
     problems += [f"trials: '{one}' is the label of two" for one in dict.fromkeys(labels) if one and labels.count(one) > 1]
     folders: dict[str, Trial] = {}
@@ -251,98 +222,6 @@ def _trials(options: SweepOptions, path: Path, sets: tuple[str, ...], problems: 
         if not same and labels.count(trial.label) < 2:
             problems.append(f"trials '{other.title()}' and '{trial.title()}' would share the folder {trial.name}: rename one")
     return None, made, None
-
-
-def _of_table(
-    table: dict[str, Any],
-    where: str,
-    options: SweepOptions,
-    shared: dict[str, list[Any]],
-    path: Path,
-    sets: tuple[str, ...],
-    problems: list[str],
-) -> Iterator[Trial]:
-    """The trials of one entry of `[[trials]]`."""
-    label, source, profiles = table.get("label", ""), table.get("recipe", options.recipe), table.get("profiles", options.profiles)
-    before = len(problems)
-    if where and (not isinstance(label, str) or not label.strip()):
-        problems.append(f'{where}.label: missing, such as label = "IntroVAE"')
-    if not isinstance(source, str):
-        problems.append(f"{where}.recipe: expected a string, got {source!r}")
-    elif not source:
-        problems.append(f"{where + '.' if where else ''}recipe: missing (a string: the recipe that is varied)")
-    if not isinstance(profiles, (list, tuple)) or not all(isinstance(one, str) for one in profiles):
-        problems.append(f"{where}.profiles: expected a list of strings, got {profiles!r}")
-    own = table.get("grid", {})
-    if not isinstance(own, dict):
-        problems.append(f"{where}.grid: expected a table of keys and lists of values")
-        own = {}
-    grid = {**shared, **_grid(own, f"{where}.grid", problems)}
-    changed = {key: value for key, value in table.items() if key not in OWN}
-    overrides = dict(_leaves(changed))
-    given = set(overrides) | ({SEED} if options.seeds else set())
-    problems += [f"{where + ': ' if where else ''}{key} is varied and set: say it in one place" for key in grid
-                 if any(overlap(key, other) for other in given)]  # fmt: skip
-    if options.seeds and any(overlap(SEED, key) for key in overrides):
-        problems.append(f"{where}: {SEED} is set although the sweep has seeds")
-    problems += [f"{where}.{key}: {value!r} is no value a recipe takes" for key, value in overrides.items() if not _plain(value)]
-    if len(problems) > before:
-        return
-    settings = [*options.sets, *(f"{key}={toml(value)}" for key, value in changed.items())]
-    names = short_names(tuple(grid))
-    for values in itertools.product(*grid.values()):
-        varied = dict(zip(grid, values, strict=True))
-        for seed in options.seeds or (None,):
-            parts = [label, *(f"{names[key]}={shown(value)}" for key, value in varied.items())]
-            parts += [f"seed={seed}"] if seed is not None else []
-            more = [f"{key}={toml(value)}" for key, value in varied.items()] + ([f"{SEED}={seed}"] if seed is not None else [])
-            yield Trial(
-                name=folder_name("_".join(filter(None, parts))),
-                label=label,
-                recipe=Path(os.path.normpath(path.parent / source)),
-                profiles=tuple(profiles),
-                sets=(*settings, *more, *sets),
-                varied=varied,
-                overrides=copy.deepcopy(overrides),
-                seed=seed,
-            )
-
-
-def _grid(table: dict[str, Any], where: str, problems: list[str]) -> dict[str, list[Any]]:
-    """{dotted key: values} of a table whose keys may be dotted, quoted or nested."""
-    found: dict[str, list[Any]] = {}
-    for key, values in _leaves(table):
-        if not isinstance(values, list) or not values:
-            problems.append(f"{where}.{key}: expected a list of values, got {values!r}")
-        elif not all(map(_plain, values)):
-            problems.append(f"{where}.{key}: holds a value that no recipe takes")
-        elif any(value in values[:i] for i, value in enumerate(values)):
-            problems.append(f"{where}.{key}: a value is there twice")
-        else:
-            found[key] = values
-    return found
-
-
-def overlap(key: str, other: str) -> bool:
-    """Whether one of two dotted keys is the other or holds it."""
-    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
-
-
-def _leaves(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
-
-
-def _plain(value: Any) -> bool:
-    """Whether a recipe can hold it: no dates, no infinities."""
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def chosen(sweep: Sweep, patterns: Sequence[str]) -> set[str]:
@@ -366,6 +245,7 @@ def resolve(sweep: Sweep, catalogue: Catalogue, *, cpu_only: bool) -> dict[str, 
     found = for_each(sweep, {trial.name: trial for trial in sweep.trials}, read)
     measured = {name for read in found.values() for name in read.metrics}
     asked = [("table.metrics", name) for name in sweep.table.metrics]
+    asked += [("table.best", sweep.table.best)] if sweep.table.best else []
     asked += [(f"pictures[{i}].y", name) for i, one in enumerate(sweep.pictures) if one.kind == "line" for name in one.y]
     problems = [
         f"{sweep.path}: {place}: '{name}': no trial has a metric '{name.partition('.')[0]}'"

@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from siv_core.recipe.recipe import Recipe, differences
 from siv_core.store import files
 from siv_core.store.rundir import RunDir, busy
 from siv_core.sweep.names import short_names, shown
-from siv_core.sweep.sweep import Sweep, Trial, for_each
+from siv_core.sweep.sweep import Sweep, for_each
+from siv_core.sweep.trials import Trial
 
 SAME_TO_BE_DONE = ("stages", "metrics")  # of what may change between a run and its continuation, what calls for more work
 
@@ -111,6 +112,8 @@ def table(sweep: Sweep, found: Sequence[Outcome]) -> dict[str, Any]:
     groups: dict[str, list[Outcome]] = {}
     for one in found:
         groups.setdefault(repr([one.trial.value(key) for key in sweep.group_by]), []).append(one)
+    rows = [row(sweep, group, names) for group in groups.values()]
+    best = chosen(sweep, list(groups.values()))
     return {
         "format": 1,
         "sweep": sweep.name,
@@ -118,12 +121,43 @@ def table(sweep: Sweep, found: Sequence[Outcome]) -> dict[str, Any]:
         "siv": version("siv"),
         "group_by": list(sweep.group_by),
         "metrics": names,
-        "rows": [row(sweep, group, names) for group in groups.values()],
-        "notes": unknown_metrics(names, found),
+        "rows": rows,
+        "best": best,
+        "notes": [*unknown_metrics(filter(None, [*names, sweep.table.best]), found), *map(best_in_words, best)],
     }
 
 
-def unknown_metrics(names: Sequence[str], found: Sequence[Outcome]) -> list[str]:
+def chosen(sweep: Sweep, groups: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """The best row of each label by `table.best`: of rows whose trials are all finished, by their mean."""
+    name, sign = sweep.table.best, 1 if sweep.table.direction == "minimize" else -1
+    found: dict[str, list[tuple[float, Sequence[Outcome]]]] = {}
+    for group in groups if name else ():
+        values = [one.values.get(name, {}).get("value", math.nan) for one in group]
+        found.setdefault(group[0].trial.label, []).append((sign * statistics.fmean(values), group))
+    best = []
+    for label, of in found.items():
+        known = [one for one in of if math.isfinite(one[0])]
+        if known:
+            mean, group = min(known, key=lambda one: one[0])
+            key = {key: group[0].trial.value(key) for key in sweep.group_by}
+            best.append(
+                {"label": label, "by": name, "mean": sign * mean, "n": len(group), "key": key, "among": len(known), "of": len(of)}
+            )
+    return best
+
+
+def best_in_words(best: Mapping[str, Any]) -> str:
+    keys = {key: value for key, value in best["key"].items() if key != "label"}
+    names = short_names(tuple(keys))
+    settings = ", ".join(f"{names[key]} {shown(value)}" for key, value in keys.items())
+    of = f"{best['among']} rows" if best["among"] == best["of"] else f"{best['among']} finished rows of {best['of']}"
+    return (
+        f"{best['label'] + ': ' if best['label'] else ''}of {of} the best {best['by']} is {best['mean']:.4g}, with {settings}; "
+        "chosen on this number: report it with seeds or data that chose nothing"
+    )
+
+
+def unknown_metrics(names: Iterable[str], found: Sequence[Outcome]) -> list[str]:
     """What was asked for and no finished trial has."""
     known = {name for one in found for name in one.values}
     return [f"no trial has measured '{name}'{near_miss(name, known)}" for name in names if known and name not in known]
