@@ -1,9 +1,16 @@
-"""Shares of a batch, and a device for each process; what two processes compute together is in test_shapes."""
+"""Shares of a batch, a device for each process, shipped recipes by two; what else two compute together is in test_shapes."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from siv_core.errors import UserError
 from siv_core.train import parallel
@@ -53,3 +60,32 @@ def test_more_processes_than_devices(machine, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="process 2 of this machine needs a CUDA device of its own, there are 2"):
         parallel.local_device(torch.device("cuda"))
+
+
+# -- every shipped recipe --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_take_the_first_steps_of_every_shipped_recipe_like_one(tmp_path):
+    """20 steps over all stages of each, batch norms with shared statistics among them, in float64: what is left is rounding."""
+    script = Path(__file__).parent / "shipped.py"
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "SIV_DATA": str(tmp_path / "none"), "OMP_NUM_THREADS": "1"}
+    for name, launcher in (("one", []), ("two", two)):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, *launcher, str(script), str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    shipped = {path.stem for path in (script.parent.parent / "recipes").glob("*.toml")}
+    assert {path.stem for path in (tmp_path / "one").glob("*.json")} == shipped
+    for name in shipped:
+        one, other = (json.loads((tmp_path / count / f"{name}.json").read_text()) for count in ("one", "two"))
+        for ours, theirs in zip(other, one, strict=True):
+            for phase, terms in theirs.items():
+                assert ours[phase] == pytest.approx(terms, rel=1e-6, abs=1e-9), (name, phase)
+        weights = [load_file(tmp_path / count / f"{name}.safetensors") for count in ("one", "two")]
+        for key, value in weights[0].items():
+            torch.testing.assert_close(
+                weights[1][key], value, rtol=1e-5, atol=1e-6, msg=lambda text, of=(name, key): f"{of}: {text}"
+            )
