@@ -415,6 +415,18 @@ def test_cutting_a_batch_changes_nothing_but_rounding(tmp_path, siv):
     manifest = json.loads((runs["processes"] / "manifest.json").read_text())
     assert manifest["processes"] == 2
 
+    # a run of two processes goes on with one, and says what that means
+    half = tmp_path / "half"
+    command = ["run", str(recipe), "--run-dir", str(half), "--device", "cpu", "--set", "train.length=6 steps"]
+    done = subprocess.run([*two, *command], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    done = siv("run", "--resume", str(half), "--set", "train.length=12 steps", "--device", "cpu", seconds=240)
+    assert done.returncode == 0, done.stderr
+    assert "processes 2 before, 1 now" in done.stdout, done.stdout
+    assert len(read_stats(half)) == len(read_stats(runs["whole"]))
+    for ours, theirs in zip(read_stats(half), read_stats(runs["whole"]), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
