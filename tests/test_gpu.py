@@ -34,6 +34,16 @@ def test_two_runs_give_the_same_bits(tmp_path, siv):
     assert states[0] == states[1]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_phases_give_the_same_bits(tmp_path, siv, precision):
+    for name, more in (("plain", {}), ("graphs", {"graphs": True})):
+        done = siv("run", recipe(tmp_path, precision=precision, **more), "--run-dir", tmp_path / name, "--device", "cuda")
+        assert done.returncode == 0, done.stderr
+    states = [tmp_path / name / "checkpoints/step_00000020" for name in ("plain", "graphs")]
+    for ours in states[1].glob("*.safetensors"):
+        assert ours.read_bytes() == (states[0] / ours.name).read_bytes(), ours.name
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_precisions_stay_close_to_fp32(tmp_path, siv, precision):
     for name in ("fp32", precision):

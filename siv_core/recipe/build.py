@@ -82,9 +82,20 @@ class Built:
             problems += [f"train.micro_batch: {reason}" for reason in self.uncut(plan, built)]
         if self.recipe.train.compile and self.recipe.train.keep_graphs:
             problems.append("train.compile: a compiled phase leaves no graph to the next one: set train.keep_graphs to false")
+        if self.recipe.train.graphs:
+            problems += [f"train.graphs: {reason}" for reason in self.unrecorded(plan)]
         if problems:
             raise UserError(problems)
         return built
+
+    def unrecorded(self, plan: StagePlan) -> list[str]:
+        """Why phases of this stage cannot be replayed."""
+        reasons = []
+        if self.recipe.train.keep_graphs:
+            reasons.append("a recorded phase leaves no graph to the next one: set train.keep_graphs to false")
+        if 0 < self.recipe.train.micro_batch < plan.batch:
+            reasons.append("pieces of a batch would be written over each other: leave train.micro_batch out")
+        return reasons
 
     def unseen(self, plan: StagePlan, objective: Objective) -> list[str]:
         """Why the views of this stage cannot be shown to the encoder."""

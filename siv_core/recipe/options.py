@@ -43,6 +43,7 @@ class Train:
     compile: bool = option(
         False, doc="phases through torch.compile: a minute or more at first, then less time with small networks"
     )
+    graphs: bool = option(False, doc="on CUDA: phases recorded as CUDA graphs, each launched as one; same numbers")
     precision: str = option("fp32", doc="of the networks; losses are always fp32", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, doc="on CUDA: only algorithms that give the same bits again")
     channels_last: bool = option(False, doc="memory layout of images and convolutions")

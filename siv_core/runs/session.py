@@ -24,7 +24,7 @@ from siv_core.runs.watchers import Lines, Patient, Watcher
 from siv_core.store import checkpoint, files, rundir
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
-from siv_core.train import compiled, parallel
+from siv_core.train import captured, compiled, parallel
 from siv_core.train.trainer import Trainer, Training, driven
 from siv_core.use import evaluate, pictures
 
@@ -136,6 +136,7 @@ def steps(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     fresh = not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints"))
     first = [start_of(recipe)] if recipe.init and fresh else []
     lacking = [*build.missing(built), *build.demands(built), *(compiled.lacking(device) if recipe.train.compile else ())]
+    lacking += captured.lacking(device) if recipe.train.graphs else []
     if lacking:
         raise UserError(lacking)
     for name, metric in built.metrics().items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from siv_core.train.trainer import Trainer
 ROUNDS = 3  # timed pieces of each row, by turns with the recipe's own
 WORTH_TELLING = 0.97  # of the time: what saves less is not told from noise
 QUICK = ("channels_last", "keep_graphs", "precision")  # `siv check --measure` tries these
-TRIED = (*QUICK, "compile", "micro_batch")
+WITHOUT_KEPT = ("compile", "graphs")  # tried on top of what is best without kept graphs
+TRIED = (*QUICK, *WITHOUT_KEPT, "micro_batch")
 Change = dict[str, Any]  # keys of `[train]` -> values
 
 
@@ -131,13 +132,12 @@ def compare(
         progress("timing settings", number, len(changes))
         rows.append(_row(base, built, catalogue, change, device, kinds))
     progress("timing settings", len(changes), len(changes))
-    if "compile" in tried and not built.recipe.train.compile:
-        # compiling takes minutes, so it is tried on top of what is best without it
-        changes = list(_with_compile(rows, per_step, kinds, built.recipe))
-        for number, change in enumerate(changes):
-            progress("timing compiled phases", number, len(changes))
-            rows.append(_row(base, built, catalogue, change, device, kinds))
-        progress("timing compiled phases", len(changes), len(changes))
+    # compiling takes minutes, so it is tried on top of what is best without it
+    changes = list(_without_kept(rows, per_step, kinds, built.recipe, device, tried))
+    for number, change in enumerate(changes):
+        progress("timing compiled and recorded phases", number, len(changes))
+        rows.append(_row(base, built, catalogue, change, device, kinds))
+    progress("timing compiled and recorded phases", len(changes), len(changes))
     devices.set_precision(built.recipe.train)
     return rows, per_step, kinds
 
@@ -150,7 +150,11 @@ def changes_of(built: Built, device: torch.device, tried: Sequence[str]) -> Iter
         values["precision"] = ["fp32", "bf16", *(["tf32"] if device.type == "cuda" else [])]
     if "channels_last" in tried and any(p.dim() == 4 for module in built.modules.values() for p in module.parameters()):
         values["channels_last"] = [False, True]
-    if "keep_graphs" in tried and not train.compile and any(plan.objective.name != "vae" for plan in recipe.stages):
+    if (
+        "keep_graphs" in tried
+        and not (train.compile or train.graphs)
+        and any(plan.objective.name != "vae" for plan in recipe.stages)
+    ):
         values["keep_graphs"] = [False, True]
     for chosen in product(*values.values()):
         change = {key: value for key, value in zip(values, chosen, strict=True) if value != getattr(train, key)}
@@ -160,9 +164,19 @@ def changes_of(built: Built, device: torch.device, tried: Sequence[str]) -> Iter
         yield {"micro_batch": (train.batch + 1) // 2}
 
 
-def _with_compile(rows: list[Row], per_step: dict[int, float], kinds: dict[int, int], recipe: Recipe) -> Iterator[Change]:
-    """Compiled phases on top of the best row without kept graphs, for the same and for other numbers."""
-    for same in (True, False):
+def _without_kept(
+    rows: list[Row],
+    per_step: dict[int, float],
+    kinds: dict[int, int],
+    recipe: Recipe,
+    device: torch.device,
+    tried: Sequence[str],
+) -> Iterator[Change]:
+    """Compiled and recorded phases on top of the best row without kept graphs, for the same and for other numbers."""
+    possible = [key for key in WITHOUT_KEPT if key in tried and not getattr(recipe.train, key)]
+    if device.type != "cuda" and "graphs" in possible:
+        possible.remove("graphs")
+    for same in (True, False) if possible else ():
         fitting = [
             row
             for row in rows
@@ -172,7 +186,10 @@ def _with_compile(rows: list[Row], per_step: dict[int, float], kinds: dict[int, 
             and not row.change.get("keep_graphs", recipe.train.keep_graphs)
         ]
         if fitting:
-            yield {**min(fitting, key=lambda row: row.seconds(per_step, kinds)).change, "compile": True}
+            best = min(fitting, key=lambda row: row.seconds(per_step, kinds)).change
+            for number in range(1, len(possible) + 1):
+                for keys in combinations(possible, number):
+                    yield {**best, **dict.fromkeys(keys, True)}
 
 
 def _row(base: Trainer, built: Built, catalogue: Catalogue, change: Change, device: torch.device, kinds: dict[int, int]) -> Row:

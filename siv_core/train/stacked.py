@@ -119,8 +119,7 @@ def unfit(built: Built) -> list[str]:
         reasons.append('its network takes statistics of a batch and keeps them (norm = "batch")')
     if train.micro_batch:
         reasons.append("train.micro_batch cuts its batches")
-    if train.compile:
-        reasons.append("train.compile is for a run alone")
+    reasons += [f"train.{key} is for a run alone" for key in ("compile", "graphs") if getattr(train, key)]
     return reasons
 
 

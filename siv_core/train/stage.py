@@ -15,8 +15,9 @@ from siv_core.errors import PluginError, UserError
 from siv_core.nets import encode_group, make_nets, parts, set_stage, sources, stage_of
 from siv_core.protocols import Batch, Nets, Objective, Stage
 from siv_core.recipe.forward import check_forward
-from siv_core.recipe.options import Optim
+from siv_core.recipe.options import Optim, Train
 from siv_core.recipe.recipe import StagePlan
+from siv_core.train import captured
 from siv_core.train.compiled import CompiledPlay
 from siv_core.train.players import changed, state_of, take_over
 from siv_core.train.step import Played, play, tensors_of
@@ -36,7 +37,7 @@ class ActiveStage:
     coeffs: dict[str, Any]
     sources: Any
     told: list[Any]  # the modules that are told the stage
-    play: Callable[..., Played]  # a phase, as it is or compiled
+    play: Callable[..., Played]  # a phase, as it is, compiled or recorded
 
     def set_fade(self, fade: float) -> None:
         """In place: who was given the tensor sees it move. At 1 all are told that nothing fades any more."""
@@ -47,6 +48,7 @@ class ActiveStage:
             return
         self.stage = self.stage._replace(fade=None)
         set_stage(self.told, self.stage)
+        getattr(self.play, "forget", lambda: None)()
 
 
 def enter(trainer: Trainer, number: int) -> ActiveStage:
@@ -88,8 +90,14 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
         coeffs=tensors_of(objective.coeffs, device),
         sources=sources(built.networks.groups, built.priors, built.networks.decoder),
         told=told,
-        play=CompiledPlay() if train.compile else play,
+        play=phase_of(train, device),
     )
+
+
+def phase_of(train: Train, device: torch.device) -> Callable[..., Played]:
+    """How phases of a stage are run."""
+    inner: Callable[..., Played] = CompiledPlay() if train.compile else play
+    return captured.CapturedPlay(inner, captured.CUDARecorder()) if train.graphs else inner
 
 
 def said(trainer: Trainer, number: int, shape: tuple[int, ...]) -> str:

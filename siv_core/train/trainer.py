@@ -23,7 +23,7 @@ from siv_core.seeding import DataOrder, Streams
 from siv_core.store import checkpoint, memory
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
-from siv_core.train import stage
+from siv_core.train import captured, stage
 from siv_core.train.health import Monitor
 from siv_core.train.observer import Observer
 from siv_core.train.parallel import Parallel, share_statistics
@@ -97,6 +97,9 @@ class Trainer:
             raise UserError(
                 "network: its statistics of a batch are no batch norm's and cannot be shared by several processes; use one"
             )
+        statistics = [reason for plan in stages for reason in built.uncut(plan, built.objective(plan))]
+        if train.graphs and parallel.world > 1 and statistics:
+            raise UserError(f"train.graphs: {statistics[0]}, over several processes: {captured.REMEDY}")
         players = {name: Player.of(name, module.train()) for name, module in built.place(device).items()}
         sides = [built.shape(plan)[-1] for plan in stages if plan.size]
         rows = pyramid.with_sizes(built.dataset.rows("train"), built.dataset.fingerprint, sides, observer.progress)
