@@ -137,7 +137,8 @@ def compare(
     for number, change in enumerate(changes):
         progress("timing compiled and recorded phases", number, len(changes))
         rows.append(_row(base, built, catalogue, change, device, kinds))
-    progress("timing compiled and recorded phases", len(changes), len(changes))
+    if changes:
+        progress("timing compiled and recorded phases", len(changes), len(changes))
     devices.set_precision(built.recipe.train)
     return rows, per_step, kinds
 
