@@ -898,6 +898,11 @@ def test_what_is_not_in_use_is_read_too(catalogue, tmp_path):
     assert load(path, catalogue, ("cpu",)).data.name == "rendered_cars"  # where it is not in use
     [line] = found(replaced, ("cpu",)) or found(replaced)
     assert line.endswith("data.held_uot: unknown key; did you mean 'held_out'?")
+    soft = "[profiles.soft.objective]\nname = 'soft_intro_vae'\n[profiles.weak.objective]\nbeta_neg = 2.0\n"
+    vae = BASE + plain.replace("beta_ke", "beta_kl") + "[profiles.weak.objective]\nbeta_neg = 2.0\n"
+    assert found(vae) == found(vae, ("plain_vae",)) == []  # they do not go together, each is well alone
+    assert found(soft_alone := BASE.replace("soft_intro_vae", "vae").replace("beta_neg", "beta_kl") + soft, ("soft",)) == []
+    assert "with profile 'weak'" in found(soft_alone)[0]  # needs the other
     assert found(BASE + "[profiles]\nx = 3\n") == ["without a profile: some.toml:20: profiles.x: expected a table"]
 
 

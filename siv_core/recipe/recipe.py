@@ -203,18 +203,27 @@ def parse(
 
 def with_each_profile(path: Path, catalogue: Catalogue, given: Iterable[str] = ()) -> list[str]:
     """What is wrong with a recipe as it is read with no profile, and with each of its own: what stands in it and is not in use
-    now is looked at too. `given` profiles go with all of them; what `--set` says is meant for the one that is in use."""
+    now is looked at too. Not all profiles go together, so one is well if it is so alone or with the `given`; what `--set` says is
+    meant for those in use."""
     source = read(path)
     tree, given = tree_of(path, source), tuple(name for name in given if name != "none")
     profiles = tree.get("profiles", {})
     problems: dict[str, None] = {}
-    for extra in ((), *((name,) for name in profiles if name not in given)) if isinstance(profiles, dict) else ():
+
+    def wrong(*names: str) -> tuple[str, ...]:
         try:
-            parse(tree, path, source, catalogue, ("none", *given, *extra), (), cpu_only=False)
+            parse(tree, path, source, catalogue, ("none", *names), (), cpu_only=False)
         except UserError as error:
-            told = f"with profile '{extra[0]}': " if extra else "without a profile: "
-            known = {line.partition("profile: ")[2] or line for line in problems}
-            problems |= {f"{told}{line}": None for line in error.problems if line not in known}
+            return tuple(error.problems)
+        return ()
+
+    for extra in ((), *((name,) for name in profiles if name not in given)) if isinstance(profiles, dict) else ():
+        told = f"with profile '{extra[0]}': " if extra else "without a profile: "
+        known = {line.partition("profile: ")[2] or line for line in problems}
+        lines = wrong(*given, *extra)
+        if extra and given and lines:
+            lines = wrong(*extra) and lines
+        problems |= {f"{told}{line}": None for line in lines if line not in known}
     return list(problems)
 
 
