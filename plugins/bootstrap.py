@@ -14,7 +14,7 @@ from typing import Any
 from attrs import evolve, frozen
 from torch import Tensor
 
-from siv_core import Component, Objective, Phase, Shadow, Spec, hookimpl, latents, losses, option
+from siv_core import Component, Objective, Phase, Shadow, Spec, UserError, hookimpl, latents, losses, option
 from siv_core.objectives import introspective, soft_intro_vae
 from siv_core.objectives.introspective import REC
 from siv_core.objectives.soft_intro_vae import SoftIntroVAEConfig
@@ -55,6 +55,8 @@ def decoder_loss(
 
 
 def build(config: BootstrapConfig, spec: Spec, groups: dict[str, int]) -> Objective:
+    if config.prior != "fixed":
+        raise UserError("objective.prior: the bootstrap form moves no prior: leave it fixed, or take soft_intro_vae")
     base, fakes = soft_intro_vae.build_soft_intro_vae(config, spec, groups), config.fakes
     encoder = partial(
         soft_intro_vae.encoder_loss, fakes=fakes, stop_gradient=config.stop_gradient, re_decoder=f"decoder@{TARGET}"

@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from siv_core import Batch, Component, Gaussian, Spec, Stage, UserError, hookimpl, option, sampled_kl
 
 SHARPNESS = 10.0  # of the variance clipping, over the width between the bounds
+SOME = 2048  # training samples that noise has the mean and the deviation of
 LEAST = 1e-8  # below what a share or a width is taken for 0
 
 Encode = Callable[..., Gaussian]
@@ -37,6 +38,7 @@ class MixtureConfig:
         doc="of the modes: the posteriors of K training images by the untrained encoder, at random, or N(0, I) for one mode",
         choices=("data", "random", "standard"),
     )
+    learns: bool = option(True, doc="false: modes and weights stay as they start, in the stages of a VAE too")
     learn_weights: bool = option(False, doc="the modes' weights learn too, from the KL of data alone")
     weights: tuple[float, ...] = option((), doc="of the modes, at first where they learn; empty: all alike", ge=0, le=1)
     draws: int = option(100, doc="S, codes an image that a KL to several modes is sampled with", ge=1, le=65536)
@@ -135,6 +137,18 @@ def clipped(logvar: Tensor, low: Tensor, high: Tensor) -> Tensor:
 # -- the modules -----------------------------------------------------------------------------------------------------------------
 
 
+def taken(batches: Iterator[Batch], k: int) -> Batch:
+    """The first k samples, or all where there are fewer."""
+    some, there = list[Batch](), 0
+    for batch in batches:
+        some.append(batch)
+        there += len(batch.x)
+        if there >= k:
+            break
+    labels = [batch.labels for batch in some if batch.labels is not None]
+    return Batch(torch.cat([batch.x for batch in some])[:k], torch.cat(labels)[:k] if labels else None)
+
+
 class MixturePrior(nn.Module):
     """Modes with means and log-variances of their own."""
 
@@ -155,6 +169,7 @@ class MixturePrior(nn.Module):
         else:
             self.register_buffer("logits", logits)
         self.register_buffer("bounds", torch.zeros(2, dim))
+        self.images_needed = k if config.start == "data" else 0
         self.batch_statistic = config.responsibility > 0
         self.stages_named = {key: getattr(config, key) for key in ("clip_stage", "hand_over") if getattr(config, key, 0)}
         self.learns_from = {"clip_stage": config.clip_stage} if config.clip_stage else {}
@@ -178,17 +193,11 @@ class MixturePrior(nn.Module):
 
     def first(self, batches: Iterator[Batch]) -> Batch:
         """The first K training samples; a `UserError` where there are fewer."""
-        k, taken, there = self.config.modes, list[Batch](), 0
-        for batch in batches:
-            taken.append(batch)
-            there += len(batch.x)
-            if there >= k:
-                break
-        if there < k:
-            raise UserError(f'prior.modes: {k} do not start from {there} training samples: give fewer, or start = "random"')
-        x = torch.cat([batch.x for batch in taken])[:k]
-        labels = [batch.labels for batch in taken if batch.labels is not None]
-        return Batch(x, torch.cat(labels)[:k] if labels else None)
+        k, some = self.config.modes, taken(batches, self.config.modes)
+        if len(some.x) < k:
+            told = f"{k} do not start from {len(some.x)} training samples"
+            raise UserError(f'prior.modes: {told}: give fewer, or start = "random"')
+        return some
 
     def parts(self, encode: Encode) -> Gaussian:
         """Means and log-variances of the modes, unbounded."""
@@ -204,13 +213,15 @@ class MixturePrior(nn.Module):
         return {"logvar": self.config.logvar_rate}
 
     def draw(self, n: int, generator: Generator) -> dict[str, Tensor]:
-        device = generator.device
-        normal = torch.randn(n, self.dim, generator=generator, device=device)  # first: as of a normal prior
-        return {"normal": normal, "which": torch.rand(n, generator=generator, device=device)}
+        # nothing else, so that the groups after this one draw what they draw beside a normal prior
+        return {"normal": torch.randn(n, self.dim, generator=generator, device=generator.device)}
 
 
 class SampledMixturePrior(MixturePrior):
-    """Of several modes: their KL takes codes."""
+    """Of several modes: samples take one of them, their KL takes codes."""
+
+    def draw(self, n: int, generator: Generator) -> dict[str, Tensor]:
+        return {**super().draw(n, generator), "which": torch.rand(n, generator=generator, device=generator.device)}
 
     def draw_kl(self, n: int, generator: Generator) -> Tensor:
         return torch.randn(n, self.config.draws, self.dim, generator=generator, device=generator.device)
@@ -232,7 +243,7 @@ class VampPrior(SampledMixturePrior):
 
     def begin(self, stage: Stage, batches: Iterator[Batch], encode: Encode) -> None:
         if stage.number == 0 and self.config.start == "random":
-            self.around(self.first(batches))
+            self.around(taken(batches, SOME))
         if self.config.hand_over and stage.number == self.config.hand_over:
             q = self.encoded(encode)
             self.mu.copy_(q.mu)
@@ -252,11 +263,15 @@ class VampPrior(SampledMixturePrior):
 
     def keep(self, first: Batch) -> None:
         if first.labels is not None:
-            self.labels.copy_(first.labels)
+            self.labels.copy_(first.labels[torch.arange(len(self.labels), device=first.labels.device) % len(first.labels)])
 
     def parts(self, encode: Encode) -> Gaussian:
         free = self.config.hand_over and self.stage >= self.config.hand_over
         return super().parts(encode) if free else self.encoded(encode)
+
+    def encodes_in(self, number: int) -> bool:
+        """Whether pseudo-inputs, images of the data's own size, are encoded in this stage."""
+        return not self.config.hand_over or number <= self.config.hand_over
 
     def encoded(self, encode: Encode) -> Gaussian:
         x: Tensor = self.pseudo_inputs
@@ -267,7 +282,7 @@ class VampPrior(SampledMixturePrior):
 
 def build_mixture(config: MixtureConfig, dim: int, spec: Spec) -> MixturePrior:
     check(config)
-    return (MixturePrior if config.modes == 1 else SampledMixturePrior)(config, dim)
+    return (MixturePrior if config.modes == 1 else SampledMixturePrior)(config, dim).requires_grad_(config.learns)
 
 
 def build_vamp(config: VampConfig, dim: int, spec: Spec) -> VampPrior:
@@ -278,7 +293,7 @@ def build_vamp(config: VampConfig, dim: int, spec: Spec) -> VampPrior:
         raise UserError(
             f"prior.clip_stage: {config.clip_stage} is before hand_over = {config.hand_over}: encoded modes need no bounds"
         )
-    return VampPrior(config, dim, spec)
+    return VampPrior(config, dim, spec).requires_grad_(config.learns)
 
 
 def check(config: MixtureConfig) -> None:
@@ -295,6 +310,8 @@ def check(config: MixtureConfig) -> None:
         problems.append("prior.responsibility: one mode is never left alone: leave it out")
     if k == 1 and config.learn_weights:
         problems.append("prior.learn_weights: one mode has the weight 1: leave it out")
+    if config.learn_weights and not config.learns:
+        problems.append("prior.learn_weights: nothing learns with learns = false: leave one of them out")
     if problems:
         raise UserError(problems)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siv_core import latents, losses
 from siv_core.component import Component, PerGroup, option, per_group
+from siv_core.errors import UserError
 from siv_core.hookspecs import hookimpl
 from siv_core.objectives import introspective
 from siv_core.objectives.introspective import PRIOR, REC, Half, Realised
@@ -131,7 +132,8 @@ def decoder_half(
         loss = loss + c["gamma"] / len(fakes) * fake
         terms.update(losses.kl_terms(name, kl_f))
     if learns:
-        kl = losses.kl(q, prior, noise["kl"]["real"], labels)  # {g: [N]}, nothing to D
+        before = carry.get("q", q)  # the encoder's phase is left out where it has nothing to learn
+        kl = losses.kl(before, prior, noise["kl"]["real"], labels)  # {g: [N]}, nothing to D
         loss = loss + losses.weighted(kl, c["beta_kl"])
         terms.update(losses.kl_terms("fit", kl))
     return Half(c["scale"] * loss, terms, q, carry)
@@ -155,6 +157,10 @@ def decoder_loss(
 
 def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[str, int]) -> Objective:
     fakes = introspective.checked_fakes(config.fakes)
+    if config.prior == "decoder" and config.prior_samples and config.stop_gradient == "paper" and config.gamma_r:
+        told = "a reconstruction would move the prior, whose samples are its target"
+        remedy = 'take "official" or "full", gamma_r = 0 or prior_samples = false'
+        raise UserError(f'objective.stop_gradient: "paper": {told}: {remedy}')
     common: dict[str, Any] = {"fakes": fakes, "stop_gradient": config.stop_gradient}
     with_encoder, with_decoder = (config.prior == player for player in ("encoder", "decoder"))
     encoder = partial(encoder_loss, **common, learns=with_encoder)

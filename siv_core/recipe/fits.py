@@ -60,6 +60,12 @@ def prior_stages(built: Built) -> None:
         named: dict[str, int] = getattr(prior, "stages_named", {})
         late = {key: number for key, number in named.items() if number >= len(stages)}
         problems += [f"{place}.{key}: is {number}, the stages are 0 to {len(stages) - 1}" for key, number in late.items()]
+        encodes = getattr(prior, "encodes_in", lambda number: False)
+        small = [i for i, plan in enumerate(stages) if plan.size and built.shape(plan) != built.spec.shape and encodes(i)]
+        if small:
+            side, size = built.spec.shape[-1], stages[small[0]].size
+            told = f"its pseudo-inputs have the data's {side} pixels a side, stage {small[0]} has {size}"
+            problems.append(f"{place}: {told}: take a mixture that starts from data, or leave the sizes out")
         for key, number in getattr(prior, "learns_from", {}).items():
             phases = [phase for plan in stages[number:] for phase in built.objective(plan).phases]
             if key not in late and not any("prior" in phase.updates for phase in phases):
@@ -69,6 +75,14 @@ def prior_stages(built: Built) -> None:
                 problems.append(f"{place}.{key}: {told}")
     if problems:
         raise UserError(problems)
+
+
+def starts(built: Built) -> list[str]:
+    """What priors take of the prepared training data to start from, and is not there."""
+    needed = max((getattr(prior, "images_needed", 0) for prior in built.priors.groups.values()), default=0)
+    there = len(built.dataset.rows("train")) if needed else 0
+    told = f"{needed} do not start from {there} training samples"
+    return [f'prior.modes: {told}: give fewer, or start = "random"'] if there < needed else []
 
 
 def normal_priors(built: Built) -> None:

@@ -13,7 +13,7 @@ from attrs import evolve, fields, frozen
 
 from siv_core.errors import Diverged, SivError, Stopped, UserError, near_miss
 from siv_core.model import Model
-from siv_core.recipe import build, resolved
+from siv_core.recipe import build, fits, resolved
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe import recipe as recipes
 from siv_core.recipe.build import Built
@@ -136,7 +136,7 @@ def steps(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     fresh = not (request.run_dir and checkpoint.steps(request.run_dir / "checkpoints"))
     first = [start_of(recipe)] if recipe.init and fresh else []
     lacking = [*build.missing(built), *build.demands(built), *(compiled.lacking(device) if recipe.train.compile else ())]
-    lacking += captured.lacking(device) if recipe.train.graphs else []
+    lacking += [*fits.starts(built), *(captured.lacking(device) if recipe.train.graphs else ())]
     if lacking:
         raise UserError(lacking)
     for name, metric in built.metrics().items():

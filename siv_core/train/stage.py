@@ -113,8 +113,9 @@ def begin(trainer: Trainer, stage: Stage, batch: int) -> None:
     """Call `begin` of those who have it, encoder, decoder and the groups' priors in this order; see `protocols.Prior`."""
 
     def batches() -> Iterator[Batch]:
-        for i in range(len(trainer.feed.rows) // batch or 1):
-            yield trainer.feed.batch(trainer.order.take(i * batch, batch), stage.shape, trainer.layout)
+        there = len(trainer.feed.rows)
+        for first in range(0, there, batch):  # each sample once
+            yield trainer.feed.batch(trainer.order.take(first, min(batch, there - first)), stage.shape, trainer.layout)
 
     modules = {name: player.module for name, player in trainer.players.items()}
     bound = trainer.built.recipe.train.logvar_bound or None  # the priors' own bounds may be what is to be found here
