@@ -31,6 +31,10 @@ fix:
 bench *ARGS:
     python tests/bench_step.py {{ARGS}}
 
+# The step against the published code's, from a clone of taldatech/soft-intro-vae-pytorch
+bench-published FOLDER *ARGS:
+    python tests/bench_published.py {{FOLDER}} {{ARGS}}
+
 # A sampled KL to a mixture against the naive form, interleaved
 bench-prior:
     python tests/bench_prior.py

@@ -111,7 +111,7 @@ def keep(folder: Path, about: dict[str, Any], figures: dict[str, float]) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     path = folder / f"{hardware()}.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    before = [line for line in lines if all(line[key] == value for key, value in about.items())]
+    before = [line for line in lines if all(line.get(key) == value for key, value in about.items())]
     line = {
         **about,
         **{key: round(value, 4) for key, value in figures.items()},
