@@ -6,14 +6,16 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import toys
 from conftest import TINY
 
 from siv_core.errors import UserError
 from siv_core.recipe import build
-from siv_core.recipe.recipe import load
+from siv_core.recipe.recipe import load, parse
 from siv_core.runs import check as inspect
 from siv_core.store import memory
 
@@ -99,6 +101,23 @@ def test_a_check_takes_no_memory_for_the_batch(made, monkeypatch):
     built = made("train.batch=1000000000000")
     small = made("train.batch=1000000")
     assert inspect.flops(built, 0) == 10**6 * inspect.flops(small, 0)
+
+
+def test_operations_are_counted_by_hand(catalogue):
+    """Soft-IntroVAE with two layers a network; a gradient to weights costs as much as the layer, and so does one to its input."""
+    n, (e1, e2), (d1, d2) = 64, (64 * 16, 16 * 6), (3 * 16, 16 * 64)
+    counts = {}
+    for kept in (False, True):
+        train = {"batch": n, "length": "1 steps", "keep_graphs": kept}
+        tree = toys.tree(objective={"name": "soft_intro_vae", "gamma_r": 0.0}, train=train)
+        read = parse(tree, Path("toy.toml"), b"", catalogue, (), (), False)
+        counts[kept] = inspect.flops(build.build(read, catalogue, build.dataset(read, catalogue)), 0)
+    # E of x, x_rec and x_prior, D of four codes; back through D of three of them, to E's weights from three images
+    encoder = 3 * (e1 + e2) + 4 * (d1 + d2) + 3 * (d1 + d2) + 3 * (e1 + 2 * e2)
+    # D of two codes, unless they are kept, E of two fakes; back through E to both, to D's weights from two codes
+    decoder = 2 * (d1 + d2) + 2 * (e1 + e2) + 2 * (e1 + e2) + 2 * (d1 + 2 * d2)
+    assert counts[False] == 2 * n * (encoder + decoder)
+    assert counts[False] - counts[True] == 2 * n * 2 * (d1 + d2)
 
 
 def test_a_run_to_start_from_that_is_not_there(catalogue, tmp_path):

@@ -92,14 +92,16 @@ def flops(built: Built, number: int) -> int:
     noise = {**noise, "views": dict.fromkeys(plan.views, batch.x)}
     set_stage(modules.values(), Stage(number, built.shape(plan)))
     forward.check_forward(built, modules, built.shape(plan), torch.device("meta"))
-    nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction)
+    kept = built.recipe.train.keep_graphs
+    nets = make_nets({**modules, **_shadows(built, modules)}, reconstruction, keep_graphs=kept)
     coeffs = tensors_of(objective.coeffs, torch.device("meta"))
     carry: dict[str, Any] = {}
     with FlopCounterMode(display=False) as counter:
         for phase in objective.phases:
             moved = [p for player in phase.updates for p in modules[player].parameters() if p.requires_grad]
             if moved:
-                carry = play(phase, moved, nets, batch, noise, coeffs, carry, 1.0).carry
+                keep = kept and phase is not objective.phases[-1]
+                carry = play(phase, moved, nets, batch, noise, coeffs, carry, 1.0, keep).carry
     return int(counter.get_total_flops())
 
 
