@@ -35,6 +35,10 @@ bench *ARGS:
 bench-published FOLDER *ARGS:
     python tests/bench_published.py {{FOLDER}} {{ARGS}}
 
+# Two processes with a thread each against one
+bench-scaling *ARGS:
+    python tests/bench_scaling.py {{ARGS}}
+
 # A sampled KL to a mixture against the naive form, interleaved
 bench-prior:
     python tests/bench_prior.py
