@@ -61,7 +61,7 @@ def prior_stages(built: Built) -> None:
         late = {key: number for key, number in named.items() if number >= len(stages)}
         problems += [f"{place}.{key}: is {number}, the stages are 0 to {len(stages) - 1}" for key, number in late.items()]
         encodes = getattr(prior, "encodes_in", lambda number: False)
-        small = [i for i, plan in enumerate(stages) if plan.size and built.shape(plan) != built.spec.shape and encodes(i)]
+        small = [i for i, plan in enumerate(stages) if plan.size and plan.size != built.spec.shape[-1] and encodes(i)]
         if small:
             side, size = built.spec.shape[-1], stages[small[0]].size
             told = f"its pseudo-inputs have the data's {side} pixels a side, stage {small[0]} has {size}"
