@@ -58,6 +58,10 @@ class VampConfig(MixtureConfig):
     start: str = option(
         "data", doc="of the pseudo-inputs: training images, or noise around their mean", choices=("data", "random")
     )
+    learns: bool = option(
+        True,
+        doc="false: pseudo-inputs and weights stay, and modes from the hand-over on; before it these follow the encoder",
+    )
     hand_over: int = option(
         0, doc="the stage, counted from 0, that begins with the mixture that it was, from then on free; 0: none", ge=0
     )
@@ -169,7 +173,6 @@ class MixturePrior(nn.Module):
         else:
             self.register_buffer("logits", logits)
         self.register_buffer("bounds", torch.zeros(2, dim))
-        self.images_needed = k if config.start == "data" else 0
         self.batch_statistic = config.responsibility > 0
         self.stages_named = {key: getattr(config, key) for key in ("clip_stage", "hand_over") if getattr(config, key, 0)}
         self.learns_from = {"clip_stage": config.clip_stage} if config.clip_stage else {}
@@ -193,11 +196,17 @@ class MixturePrior(nn.Module):
 
     def first(self, batches: Iterator[Batch]) -> Batch:
         """The first K training samples; a `UserError` where there are fewer."""
-        k, some = self.config.modes, taken(batches, self.config.modes)
-        if len(some.x) < k:
-            told = f"{k} do not start from {len(some.x)} training samples"
-            raise UserError(f'prior.modes: {told}: give fewer, or start = "random"')
+        some = taken(batches, self.config.modes)
+        if told := self.short_of(len(some.x)):
+            raise UserError(told)
         return some
+
+    def short_of(self, there: int) -> str:
+        """Why modes do not start from so many training samples, or nothing."""
+        k = self.config.modes
+        if self.config.start != "data" or there >= k:
+            return ""
+        return f'prior.modes: {k} do not start from {there} training samples: give fewer, or start = "random"'
 
     def parts(self, encode: Encode) -> Gaussian:
         """Means and log-variances of the modes, unbounded."""
@@ -269,9 +278,13 @@ class VampPrior(SampledMixturePrior):
         free = self.config.hand_over and self.stage >= self.config.hand_over
         return super().parts(encode) if free else self.encoded(encode)
 
-    def encodes_in(self, number: int) -> bool:
-        """Whether pseudo-inputs, images of the data's own size, are encoded in this stage."""
-        return not self.config.hand_over or number <= self.config.hand_over
+    def misfit(self, number: int, shape: tuple[int, ...]) -> str:
+        """Why pseudo-inputs cannot be encoded in a stage of this shape, or nothing."""
+        own = tuple(self.pseudo_inputs.shape[1:])
+        if shape == own or 0 < self.config.hand_over < number:
+            return ""
+        told = f"its pseudo-inputs have the data's {own[-1]} pixels a side, stage {number} has {shape[-1]}"
+        return f"{told}: take a mixture that starts from data, or leave the sizes out"
 
     def encoded(self, encode: Encode) -> Gaussian:
         x: Tensor = self.pseudo_inputs

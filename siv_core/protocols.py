@@ -206,9 +206,9 @@ class Prior(Protocol):
     rate}, which encoders and decoders may have too; `logvar_bounds()` -> (low [d], high [d]) or None, between which the
     encoder's log-variances of this group are kept; `batch_statistic = True` where its distribution takes a mean over
     the batch, so that cut batches are refused before anything is made; `stages_named` {option: number} of stages that it waits
-    for, and `learns_from` {option: number}: from that stage on an objective must move it; `images_needed`, training samples
-    that its start takes; `encodes_in(number)`, whether it encodes inputs of the data's own shape in that stage. What the recipe
-    lacks is told.
+    for, and `learns_from` {option: number}: from that stage on an objective must move it; `short_of(n)` and
+    `misfit(number, shape)`: why it does not start from n training samples, or does not go with a stage of that shape, or "".
+    What the recipe lacks is told.
 
     `begin(stage, batches, encode)`, after `set_stage` and without gradients, exactly once when a stage first begins, never on
     a resume or load: it may change weights and buffers in place. `batches` are an epoch of `Batch`es of training data in the

@@ -67,16 +67,10 @@ RUNS = {
 
 def trained(catalogue, folder, monkeypatch, tree, recorded):
     trainer = toys.trainer(catalogue, folder, tree)
-    made = []
-
-    def phases(train, device):
-        made.append(captured.CapturedPlay(play, stand))
-        return made[-1]
-
     stand = Stand(trainer)
     with monkeypatch.context() as patch:
         if recorded:
-            patch.setattr(stage, "phase_of", phases)
+            patch.setattr(stage, "phase_of", lambda train, device: captured.CapturedPlay(play, stand))
         trainer.run()
     return trainer, stand
 
@@ -90,7 +84,8 @@ def test_a_recorded_run_has_the_bits_of_the_run_as_it_is(catalogue, tmp_path, mo
     assert (stand.recorded, stand.replayed) == (phases, phases * (9 - captured.WARM_UP))
     for player in plain.players:
         assert toys.same(toys.weights(plain, player), toys.weights(other, player)), player
-    assert (tmp_path / "plain/stats.jsonl").exists()
+    lines = [[{**line, "wall": None} for line in trainer.rundir.read("stats")] for trainer in (plain, other)]
+    assert lines[0] == lines[1]
 
 
 def test_what_has_faded_in_is_recorded_anew(catalogue, tmp_path, monkeypatch):
@@ -123,3 +118,17 @@ def test_what_cannot_be_recorded_is_told(catalogue, tmp_path, siv):
     assert ended.returncode == 2
     assert "train.graphs: CUDA graphs need a CUDA device, this is 'cpu': leave train.graphs out" in ended.stderr
     assert not (tmp_path / "run").exists()
+    measured = siv("check", "c.toml", "--measure", "--device", "cpu")
+    assert measured.returncode == 2
+    assert "train.graphs: CUDA graphs need a CUDA device" in measured.stderr
+
+
+def test_a_phase_that_reads_a_number_back_is_told(catalogue, tmp_path, monkeypatch):
+    class Refusing(Stand):
+        def record(self, run):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    trainer = toys.trainer(catalogue, tmp_path, toys.tree(**STEPS))
+    monkeypatch.setattr(stage, "phase_of", lambda train, device: captured.CapturedPlay(play, Refusing(trainer)))
+    with pytest.raises(UserError, match=r"phase 'encoder' cannot be recorded \(operation .*capturing\): leave train"):
+        trainer.run()

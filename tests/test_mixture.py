@@ -549,6 +549,10 @@ def test_a_mixture_may_stay_as_it_starts(catalogue, tmp_path):
     assert states[0]["groups.z.mu"].abs().max() > 0  # from data
     with pytest.raises(UserError, match=r"objective\.prior: the prior 'mixture' has nothing that learns"):
         trained(catalogue, tmp_path, prior, prior="decoder")
+    _, states = trained(catalogue, tmp_path / "vamp", {**prior, "name": "vamp", "hand_over": 1})
+    assert torch.equal(states[0]["groups.z.pseudo_inputs"], states[-1]["groups.z.pseudo_inputs"])
+    assert not torch.equal(states[2]["groups.z.mu"], states[3]["groups.z.mu"])  # handed over
+    assert all(toys.same(states[3], later) for later in states[4:])
 
 
 def test_a_fixed_prior_stays_as_the_warm_up_left_it(catalogue, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,12 +60,9 @@ def prior_stages(built: Built) -> None:
         named: dict[str, int] = getattr(prior, "stages_named", {})
         late = {key: number for key, number in named.items() if number >= len(stages)}
         problems += [f"{place}.{key}: is {number}, the stages are 0 to {len(stages) - 1}" for key, number in late.items()]
-        encodes = getattr(prior, "encodes_in", lambda number: False)
-        small = [i for i, plan in enumerate(stages) if plan.size and plan.size != built.spec.shape[-1] and encodes(i)]
-        if small:
-            side, size = built.spec.shape[-1], stages[small[0]].size
-            told = f"its pseudo-inputs have the data's {side} pixels a side, stage {small[0]} has {size}"
-            problems.append(f"{place}: {told}: take a mixture that starts from data, or leave the sizes out")
+        misfit = getattr(prior, "misfit", lambda number, shape: "")
+        misfits = [misfit(i, (built.spec.shape[0], plan.size, plan.size)) for i, plan in enumerate(stages) if plan.size]
+        problems += [f"{place}: {line}" for line in list(filter(None, misfits))[:1]]
         for key, number in getattr(prior, "learns_from", {}).items():
             phases = [phase for plan in stages[number:] for phase in built.objective(plan).phases]
             if key not in late and not any("prior" in phase.updates for phase in phases):
@@ -78,11 +75,10 @@ def prior_stages(built: Built) -> None:
 
 
 def starts(built: Built) -> list[str]:
-    """What priors take of the prepared training data to start from, and is not there."""
-    needed = max((getattr(prior, "images_needed", 0) for prior in built.priors.groups.values()), default=0)
-    there = len(built.dataset.rows("train")) if needed else 0
-    told = f"{needed} do not start from {there} training samples"
-    return [f'prior.modes: {told}: give fewer, or start = "random"'] if there < needed else []
+    """Why priors do not start from the prepared training data."""
+    asking: list[Any] = [prior.short_of for prior in built.priors.groups.values() if hasattr(prior, "short_of")]
+    there = len(built.dataset.rows("train")) if asking else 0
+    return list(dict.fromkeys(filter(None, (short_of(there) for short_of in asking))))
 
 
 def normal_priors(built: Built) -> None:

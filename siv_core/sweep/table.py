@@ -113,7 +113,7 @@ def table(sweep: Sweep, found: Sequence[Outcome]) -> dict[str, Any]:
     for one in found:
         groups.setdefault(repr([one.trial.value(key) for key in sweep.group_by]), []).append(one)
     rows = [row(sweep, group, names) for group in groups.values()]
-    best = chosen(sweep, list(groups.values()))
+    best = best_rows(sweep, list(groups.values()))
     return {
         "format": 1,
         "sweep": sweep.name,
@@ -127,7 +127,7 @@ def table(sweep: Sweep, found: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def chosen(sweep: Sweep, groups: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
+def best_rows(sweep: Sweep, groups: Sequence[Sequence[Outcome]]) -> list[dict[str, Any]]:
     """The best row of each label by `table.best`: of rows whose trials are all finished, by their mean."""
     name, sign = sweep.table.best, 1 if sweep.table.direction == "minimize" else -1
     found: dict[str, list[tuple[float, Sequence[Outcome]]]] = {}

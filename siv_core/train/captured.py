@@ -14,6 +14,7 @@ from attrs import define, frozen
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from siv_core.errors import UserError
 from siv_core.train.step import Played
 
 WARM_UP = 3  # steps as they are: libraries choose their kernels and workspaces, which recording must not
@@ -117,7 +118,13 @@ class CapturedPlay:
             recording.buffers = [tensor.detach().clone() for tensor in tensors]
             stay = iter(recording.buffers)
             static = [next(stay) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            recording.played, recording.replay = self.recorder.record(lambda: run(static))
+            try:
+                recording.played, recording.replay = self.recorder.record(lambda: run(static))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # such as a number that is read back
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"train.graphs: phase '{phase.name}' cannot be recorded ({reason}): {REMEDY}") from error
         for buffer, tensor in zip(recording.buffers, tensors, strict=True):
             buffer.copy_(tensor.detach())
         recording.replay()

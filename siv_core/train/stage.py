@@ -97,7 +97,11 @@ def enter(trainer: Trainer, number: int) -> ActiveStage:
 def phase_of(train: Train, device: torch.device) -> Callable[..., Played]:
     """How phases of a stage are run."""
     inner: Callable[..., Played] = CompiledPlay() if train.compile else play
-    return captured.CapturedPlay(inner, captured.CUDARecorder()) if train.graphs else inner
+    if not train.graphs:
+        return inner
+    if lacking := captured.lacking(device):
+        raise UserError(lacking)
+    return captured.CapturedPlay(inner, captured.CUDARecorder())
 
 
 def said(trainer: Trainer, number: int, shape: tuple[int, ...]) -> str:
