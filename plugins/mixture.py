@@ -279,9 +279,9 @@ class VampPrior(SampledMixturePrior):
         return super().parts(encode) if free else self.encoded(encode)
 
     def misfit(self, number: int, shape: tuple[int, ...]) -> str:
-        """Why pseudo-inputs cannot be encoded in a stage of this shape, or nothing."""
+        """Why pseudo-inputs cannot be encoded in a stage of this shape, or nothing. Sizes only grow, so the first stage has it too."""
         own = tuple(self.pseudo_inputs.shape[1:])
-        if shape == own or 0 < self.config.hand_over < number:
+        if shape == own:
             return ""
         told = f"its pseudo-inputs have the data's {own[-1]} pixels a side, stage {number} has {shape[-1]}"
         return f"{told}: take a mixture that starts from data, or leave the sizes out"

@@ -269,7 +269,7 @@ def test_more_modes_than_images_are_told_before_anything_is_made(siv, tmp_path):
 
 
 def test_pseudo_inputs_do_not_grow(catalogue, tmp_path):
-    """Images of the data's size in a stage of a smaller one, told before anything begins; after the hand-over they rest."""
+    """Images of the data's size in a stage of a smaller one, told before anything begins, with a hand-over or without."""
     network = {"name": "style", "start_channels": 4, "max_channels": 4, "z_dim": 3, "style_mixing": 0.0}
     small = [{"length": "1 steps", "objective": {"name": "vae"}, "data": {"size": 4}}, {"length": "1 steps"}]
     tree = toys.tree(network=network, prior={"name": "vamp", "modes": 3}, stages=small, train={"batch": 8})
