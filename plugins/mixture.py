@@ -279,7 +279,7 @@ class VampPrior(SampledMixturePrior):
         return super().parts(encode) if free else self.encoded(encode)
 
     def misfit(self, number: int, shape: tuple[int, ...]) -> str:
-        """Why pseudo-inputs cannot be encoded in a stage of this shape, or nothing. Sizes only grow, so the first stage has it too."""
+        """Why pseudo-inputs do not go into a stage of this shape, or nothing. Sizes only grow: a hand-over comes too late."""
         own = tuple(self.pseudo_inputs.shape[1:])
         if shape == own:
             return ""
