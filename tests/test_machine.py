@@ -230,13 +230,15 @@ def test_another_machine_is_told(folder):
         session.run(folder / "tiny.toml", run_dir=run, device="cpu", watcher=Breaker(9))
     manifest = json.loads((run / "manifest.json").read_text())
     libraries = {**manifest["libraries"], "torch": "1.0"}
-    (run / "manifest.json").write_text(json.dumps({**manifest, "threads": 99, "device": "an abacus", "libraries": libraries}))
+    others = {"threads": 99, "device": "an abacus", "precision": "bf16"}
+    (run / "manifest.json").write_text(json.dumps({**manifest, **others, "libraries": libraries}))
     listener = Breaker()
     session.resume(run, device="cpu", watcher=listener)
     told = [line for line in listener.lines if "the last bits may differ" in line]
     assert [line.split(":")[0] for line in told] == [
         f"threads 99 before, {torch.get_num_threads()} now",
         f"device an abacus before, {manifest['device']} now",
+        "precision bf16 before, fp32 now",
         f"torch 1.0 before, {manifest['libraries']['torch']} now",
     ]
     assert all(line.endswith("the last bits may differ from a run that was not interrupted") for line in told)

@@ -102,7 +102,7 @@ def test_earlier_starts_are_remembered(run):
     second = json.loads((run / "manifest.json").read_text())
     assert first["history"] == []
     [kept] = second["history"]
-    assert kept == {key: first[key] for key in ("time", "command", "libraries", "device", "threads", "processes")}
+    assert kept == {key: first[key] for key in ("time", "command", "libraries", "device", "precision", "threads", "processes")}
     assert {line["protocol"]["k"] for line in lines(run, "metrics")} == {3}
 
 

@@ -12,6 +12,7 @@ from toys import SMALL, read
 
 from siv_core.recipe import build
 from siv_core.runs import timing, tune
+from siv_core.train.stage import arithmetic
 
 STAGED = f"""{SMALL}
 [objective]
@@ -65,6 +66,13 @@ def test_all_combinations_are_tried_and_compiled_phases_on_the_best(catalogue, m
     shares = [one["share"] for one in found["rows"]]
     assert shares == sorted(shares)
     assert {one["numbers"] for one in found["rows"] if "precision" in one["change"]} == {"others"}
+
+
+def test_what_auto_stands_for_is_not_tried_again(catalogue, made_up):
+    asked, _ = made_up
+    tuned(catalogue, STAGED.replace("batch = 64", 'batch = 64\nprecision = "auto"'), ["precision"])
+    now = arithmetic("auto", torch.device("cpu"))
+    assert asked == [{}, {"precision": "bf16" if now == "fp32" else "fp32"}]
 
 
 def test_stages_of_one_kind_are_timed_once_and_weigh_by_their_steps(catalogue, made_up, monkeypatch):

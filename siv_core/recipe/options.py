@@ -44,7 +44,11 @@ class Train:
         False, doc="phases through torch.compile: a minute or more at first, then less time with small networks"
     )
     graphs: bool = option(False, doc="on CUDA: phases recorded as CUDA graphs, each launched as one; same numbers")
-    precision: str = option("fp32", doc="of the networks; losses are always fp32", choices=("fp32", "tf32", "bf16"))
+    precision: str = option(
+        "fp32",
+        doc="of the networks, losses are always fp32; auto: bf16 where the device has instructions for it, else fp32",
+        choices=("fp32", "tf32", "bf16", "auto"),
+    )
     deterministic: bool = option(False, doc="on CUDA: only algorithms that give the same bits again")
     channels_last: bool = option(False, doc="memory layout of images and convolutions")
     conditional: bool = option(False, doc="give the labels to the networks")

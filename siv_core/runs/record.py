@@ -26,12 +26,13 @@ from siv_core.store import checkpoint, files
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.train.schedule import Schedule, stage_ends
+from siv_core.train.stage import arithmetic
 from siv_core.train.trainer import Trainer
 from siv_core.use import evaluate, pictures
 
 LIBRARIES = ("siv", "torch", "torchvision", "numpy", "safetensors", "h5py", "pluggy", "attrs", "cattrs")
-DECIDES_BITS = ("threads", "processes", "device", "torch", "numpy", "siv")
-KEPT = ("time", "command", "libraries", "device", "threads", "processes")  # of an earlier manifest
+DECIDES_BITS = ("threads", "processes", "device", "precision", "torch", "numpy", "siv")
+KEPT = ("time", "command", "libraries", "device", "precision", "threads", "processes")  # of an earlier manifest
 
 
 # -- what a resume finds -----------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def changed_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     if not before:
         return []
     old, new = ({**m["libraries"], **m} for m in (before, now))
-    return [f"{key} {old.get(key)} before, {new[key]} now" for key in DECIDES_BITS if old.get(key) != new[key]]
+    return [f"{key} {old[key]} before, {new[key]} now" for key in DECIDES_BITS if key in old and old[key] != new[key]]
 
 
 def manifest(trainer: Trainer) -> dict[str, Any]:
@@ -236,6 +237,7 @@ def manifest(trainer: Trainer) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu ({platform.processor() or platform.machine()})",
+        "precision": arithmetic(recipe.train.precision, device),
         "plugins": {f"{kind} {name}": str(trainer.built.catalogue.owner(kind, name)) for kind, name in sorted(used)},
         "git": _git(),
         "data": {

@@ -25,6 +25,7 @@ from siv_core.store import checkpoint, files, rundir
 from siv_core.store.checkpoint import Checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.train import captured, compiled, parallel
+from siv_core.train.stage import arithmetic
 from siv_core.train.trainer import Trainer, Training, driven
 from siv_core.use import evaluate, pictures
 
@@ -149,6 +150,8 @@ def steps(recipe: recipes.Recipe, catalogue: catalogues.Catalogue, request: Requ
     for line in told_of(built):
         watcher.say(line)
     set_precision(recipe.train)
+    if recipe.train.precision == "auto":
+        watcher.say(f"train.precision auto: {arithmetic(recipe.train.precision, device)} on this device")
     run_dir = _run_dir(recipe, request, processes, watcher)
     with run_dir.locked() if processes.main else contextlib.nullcontext():
         try:

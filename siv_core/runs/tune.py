@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
 
+import attrs
 import torch
 from attrs import evolve, field, mutable
 
@@ -24,6 +25,7 @@ from siv_core.recipe.recipe import Recipe, StagePlan
 from siv_core.runs import device as devices
 from siv_core.runs import timing
 from siv_core.train import compiled
+from siv_core.train.stage import arithmetic
 from siv_core.train.trainer import Trainer
 
 ROUNDS = 3  # timed pieces of each row, by turns with the recipe's own
@@ -157,8 +159,9 @@ def changes_of(built: Built, device: torch.device, tried: Sequence[str]) -> Iter
         and any(plan.objective.name != "vae" for plan in recipe.stages)
     ):
         values["keep_graphs"] = [False, True]
+    own = {**attrs.asdict(train), "precision": arithmetic(train.precision, device)}
     for chosen in product(*values.values()):
-        change = {key: value for key, value in zip(values, chosen, strict=True) if value != getattr(train, key)}
+        change = {key: value for key, value in zip(values, chosen, strict=True) if value != own[key]}
         if change:
             yield change
     if "micro_batch" in tried and not train.micro_batch and train.batch > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from siv_core.train.step import Played, play, tensors_of
 
 if TYPE_CHECKING:
     from siv_core.train.trainer import Trainer
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of Intel's and AMD's processors, and of ARM's
 
 
 @define
@@ -167,5 +169,18 @@ def no_mean(x: Tensor) -> Tensor:
     raise UserError(f"train.micro_batch: {reason}; leave it out")
 
 
+def arithmetic(precision: str, device: torch.device) -> str:
+    """`train.precision` with `auto` decided. A processor that has to emulate bf16 takes many times as long as in fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = torch.backends.mkldnn.is_available() and any(known.get(name) for name in BF16_INSTRUCTIONS)
+    return "bf16" if native else "fp32"
+
+
 def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+    bf16 = arithmetic(precision, device) == "bf16"
+    return partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
