@@ -39,6 +39,10 @@ bench-published FOLDER *ARGS:
 bench-scaling *ARGS:
     python tests/bench_scaling.py {{ARGS}}
 
+# Rows read ahead against rows on the device, at 32 or 256 pixels
+bench-data *ARGS:
+    python tests/bench_data.py {{ARGS}}
+
 # A sampled KL to a mixture against the naive form, interleaved
 bench-prior:
     python tests/bench_prior.py
@@ -50,3 +54,4 @@ campaign *ARGS:
         tests/test_fuzz_data.py tests/test_fuzz_inputs.py tests/test_fuzz_checkpoints.py tests/test_kills.py {{ARGS}}
     SIV_CAMPAIGN_BATCH=64 python -m pytest -m slow tests/test_jobs.py -k full_translation
     SIV_CAMPAIGN_DIGITS=1 python -m pytest -m slow tests/test_images.py
+    SIV_CAMPAIGN_TRIALS=12 SIV_CAMPAIGN_SHORT_TRIALS=1000 python -m pytest -m slow tests/test_cluster.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,10 @@ class Workers:
     def run(self, function, *arguments, on_error="raise"):
         own = function(*arguments)
         return {f"tcp://{i}": answer(own) for i, answer in enumerate(self.answers)}
+
+
+TRIALS = int(os.environ.get("SIV_CAMPAIGN_TRIALS", "4"))
+SHORT_TRIALS = int(os.environ.get("SIV_CAMPAIGN_SHORT_TRIALS", "80"))
 
 
 def as_here(own):
@@ -106,7 +111,7 @@ def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):
     (tmp_path / "tiny.toml").write_text(
         SMALL + '[objective]\nname = "vae"\n[train]\nlength = "1500 steps"\ncheckpoint = "100 steps"\npreview = "5000 steps"\n'
     )
-    (tmp_path / "some.toml").write_text(HEAD + "seeds = [0, 1, 2, 3]\n")
+    (tmp_path / "some.toml").write_text(HEAD + f"seeds = {list(range(TRIALS))}\n")
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as here, Client(here) as client:
         import threading
 
@@ -124,10 +129,46 @@ def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):
     assert sum("going on from" in log for log in logs) >= 1
     near = siv("sweep", "some.toml", "--root", "near", "--device", "cpu", seconds=600)
     assert near.returncode == 0, near.stderr
-    for seed in range(4):
+    assert (tmp_path / "far/table.csv").read_bytes() == (tmp_path / "near/table.csv").read_bytes()
+    for seed in range(TRIALS):
         far, near = (RunDir(tmp_path / root / f"seed={seed}") for root in ("far", "near"))
         assert far.state() == "finished"
         for ours in sorted((far.checkpoints / "step_00001500").glob("*.safetensors")):
             assert ours.read_bytes() == (near.checkpoints / "step_00001500" / ours.name).read_bytes()
         lines = [[{**line, "wall": None} for line in run.read("stats")] for run in (far, near)]
         assert lines[0] == lines[1]
+
+
+def short(arguments, folder, environment, log, stop):
+    """In place of a command on a worker: a run that is finished as soon as it is begun."""
+    run = os.path.join(folder, arguments[arguments.index("--run-dir") + 1])
+    shutil.copytree(os.path.join(folder, "one"), run)
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_cluster_takes_less_than_a_second_of_a_trial(tmp_path, siv):
+    """What siv, the scheduler and the waiting for one another take: 8 workers whose trials take no time."""
+    import cloudpickle
+    from distributed import Client, LocalCluster
+
+    (tmp_path / "tiny.toml").write_text(SMALL + '[objective]\nname = "vae"\n[train]\nlength = "1 steps"\n')
+    (tmp_path / "some.toml").write_text(HEAD + f"seeds = {list(range(SHORT_TRIALS))}\n")
+    assert siv("run", "tiny.toml", "--run-dir", "one", "--device", "cpu").returncode == 0
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def patch():
+        cluster.command = short
+
+    with LocalCluster(n_workers=8, threads_per_worker=1, dashboard_address=None) as here, Client(here) as client:
+        client.run(patch)
+        nothing = siv("sweep", "some.toml", "--on", here.scheduler_address, "--root", "far", "--device", "cpu", "--dry-run")
+        assert nothing.returncode == 0, nothing.stderr
+        begun = time.monotonic()
+        done = siv("sweep", "some.toml", "--on", here.scheduler_address, "--root", "far", "--device", "cpu", seconds=800)
+        seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert len(list((tmp_path / "far").glob("*/status.json"))) == SHORT_TRIALS
+    print(f"{SHORT_TRIALS} trials: {seconds:.1f} s")
+    assert seconds < 8 + SHORT_TRIALS  # with the start of the command, and the workers' look at their versions
