@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,6 +426,49 @@ def test_cutting_a_batch_changes_nothing_but_rounding(tmp_path, siv):
     assert "processes 2 before, 1 now" in done.stdout, done.stdout
     assert len(read_stats(half)) == len(read_stats(runs["whole"]))
     for ours, theirs in zip(read_stats(half), read_stats(runs["whole"]), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+
+
+MACHINES = """
+set -e
+unshare --net sleep infinity & other=$!
+trap 'kill $other' EXIT
+while [ "$(readlink /proc/$other/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
+ip link add near type veth peer name far netns $other
+ip address add 10.77.0.1/24 dev near && ip link set near up && ip link set lo up
+there="nsenter --target $other --net"
+$there ip address add 10.77.0.2/24 dev far && $there ip link set far up && $there ip link set lo up
+GLOO_SOCKET_IFNAME=far PET_LOCAL_ADDR=10.77.0.2 PET_RDZV_CONF=is_host=false $there "$@" > far.txt 2>&1 & second=$!
+GLOO_SOCKET_IFNAME=near PET_LOCAL_ADDR=10.77.0.1 PET_RDZV_CONF=is_host=true "$@" > near.txt 2>&1 && wait $second
+"""  # this network namespace is one machine, a second one joined to it by a cable is the other; no names, only addresses
+UNSHARED = ["unshare", "--user", "--map-root-user", "--net"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("unshare", "nsenter", "ip"))
+    or subprocess.run([*UNSHARED, "true"], check=False, capture_output=True).returncode != 0,
+    reason="needs network namespaces of its own",
+)
+def test_two_machines_train_like_one_process(tmp_path, siv):
+    (tmp_path / "r.toml").write_text(RECIPE)
+    command = ["run", "r.toml", "--device", "cpu", "--run-dir"]
+    done = siv(*command, "one", seconds=240)
+    assert done.returncode == 0, done.stderr
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29500"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meet, "-m", "siv_core.cli.main", *command, "two"]
+    done = subprocess.run(
+        [*UNSHARED, "bash", "-c", MACHINES, "machines", *torchrun],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    told = [(tmp_path / name).read_text() for name in ("near.txt", "far.txt")]
+    assert done.returncode == 0, (done.stderr, *told)
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2
+    for ours, theirs in zip(read_stats(tmp_path / "two"), read_stats(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
 
 
