@@ -175,6 +175,7 @@ class MixturePrior(nn.Module):
         self.register_buffer("bounds", torch.zeros(2, dim))
         self.batch_statistic = config.responsibility > 0
         self.stages_named = {key: getattr(config, key) for key in ("clip_stage", "hand_over") if getattr(config, key, 0)}
+        self.regularisers = ("responsibility",) if config.responsibility else ()
         self.learns_from = {"clip_stage": config.clip_stage} if config.clip_stage else {}
         self.stage = 0
 

@@ -206,7 +206,8 @@ class Prior(Protocol):
     rate}, which encoders and decoders may have too; `logvar_bounds()` -> (low [d], high [d]) or None, between which the
     encoder's log-variances of this group are kept; `batch_statistic = True` where its distribution takes a mean over
     the batch, so that cut batches are refused before anything is made; `stages_named` {option: number} of stages that it waits
-    for, and `learns_from` {option: number}: from that stage on an objective must move it; `short_of(n)` and
+    for, and `learns_from` {option: number}: from that stage on an objective must move it; `regularisers` (option, …) that
+    nothing comes of without an objective that `regularises`; `short_of(n)` and
     `misfit(number, shape)`: why it does not start from n training samples, or does not go with a stage of that shape, or "".
     What the recipe lacks is told.
 
@@ -307,6 +308,7 @@ class Objective:
     batch_statistic: bool = False  # a loss that is no mean over samples: cannot be cut into micro-batches
     prior_learns: bool = False  # it was told to move the prior: one without parameters is then a mistake
     takes_views: bool = False  # it encodes the data by `Nets.posterior`
+    regularises: bool = False  # its encoder pays what priors ask for: `Distribution.regulariser`
 
 
 class Measurement(NamedTuple):

@@ -609,6 +609,8 @@ def test_each_latent_group_has_its_own(catalogue, tmp_path):
         ({"learn_weights": True, "learns": False}, {}, "prior.learn_weights: nothing learns with learns = false"),
         ({}, {"name": "bootstrap_soft_intro_vae", "prior": "decoder"}, "objective.prior: the bootstrap form moves no prior"),
         ({}, {"prior": "decoder", "stop_gradient": "paper"}, 'objective.stop_gradient: "paper": a reconstruction would move'),
+        ({}, {"prior_samples": False}, 'objective.prior_samples: with prior = "fixed" codes move no prior: leave it out'),
+        ({}, {"prior": "encoder", "prior_samples": False}, 'objective.prior_samples: with prior = "encoder" codes move no'),
         ({"hand_over": 1}, {}, "prior.hand_over: unknown key"),
         ({"name": "vamp", "hand_over": 5}, {}, "prior.hand_over: is 5, the stages are 0 to 1"),
         ({"name": "vamp", "modes": 1}, {}, "a vamp of one pseudo-input is one Gaussian"),
@@ -625,6 +627,19 @@ def test_what_does_not_fit_is_told_before_anything_begins(catalogue, tmp_path, p
     with pytest.raises(UserError) as caught:
         trained(catalogue, tmp_path, {"name": "mixture", **prior}, **objective)
     assert told in "\n".join(caught.value.problems), caught.value.problems
+
+
+def test_a_price_that_nobody_pays_is_told(catalogue, tmp_path):
+    priced = {"name": "mixture", "modes": 3, "responsibility": 1.0}
+    with pytest.raises(UserError, match=r"prior\.responsibility: the encoder of an introspective objective pays it") as caught:
+        toys.trainer(catalogue, tmp_path, toys.tree(objective={"name": "vae"}, prior=priced))
+    assert len(caught.value.problems) == 1
+    stages = [{"length": "1 steps", "objective": {"name": "vae"}}, {"length": "1 steps"}]
+    for name in ("soft_intro_vae", "intro_vae", "bootstrap_soft_intro_vae"):  # each has an encoder that pays
+        tree = toys.tree(objective={"name": name}, prior=priced, stages=stages, train={"batch": 8, "tick": "1 steps"})
+        t = toys.trainer(catalogue, tmp_path / name, tree)
+        assert t.run() == "finished"
+        assert "regulariser" in t.rundir.read("stats")[-1]["phases"]["encoder"]
 
 
 def test_what_is_wrong_with_the_objective_is_told_once(catalogue, tmp_path):

@@ -179,6 +179,7 @@ def build_intro_vae(config: IntroVAEConfig, spec: Spec, groups: dict[str, int]) 
         },
         batch_statistic=form.hinge == "batch",
         takes_views=True,
+        regularises=True,
     )
 
 

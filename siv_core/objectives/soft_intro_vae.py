@@ -161,6 +161,8 @@ def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[st
         told = "a reconstruction would move the prior, whose samples are its target"
         remedy = 'take "official" or "full", gamma_r = 0 or prior_samples = false'
         raise UserError(f'objective.stop_gradient: "paper": {told}: {remedy}')
+    if config.prior != "decoder" and not config.prior_samples:
+        raise UserError(f'objective.prior_samples: with prior = "{config.prior}" codes move no prior: leave it out')
     common: dict[str, Any] = {"fakes": fakes, "stop_gradient": config.stop_gradient}
     with_encoder, with_decoder = (config.prior == player for player in ("encoder", "decoder"))
     encoder = partial(encoder_loss, **common, learns=with_encoder)
@@ -183,6 +185,7 @@ def build_soft_intro_vae(config: SoftIntroVAEConfig, spec: Spec, groups: dict[st
         },
         prior_learns=config.prior != "fixed",
         takes_views=True,
+        regularises=True,
     )
 
 

@@ -53,7 +53,7 @@ def _cannot_fade(built: Built, before: tuple[int, ...], shape: tuple[int, ...]) 
 
 
 def prior_stages(built: Built) -> None:
-    """A `UserError` for stages that a prior waits for and that never come, or in which nothing moves it."""
+    """A `UserError` for stages that a prior waits for and that never come, or in which nothing moves it or pays what it asks."""
     problems, stages = list[str](), built.recipe.stages
     for group, prior in built.priors.groups.items():
         place = f"prior.{group}" if group in built.recipe.prior else "prior"
@@ -70,6 +70,9 @@ def prior_stages(built: Built) -> None:
                     f'no objective moves the prior from stage {number} on: set objective.prior = "decoder" there, or leave it out'
                 )
                 problems.append(f"{place}.{key}: {told}")
+        if not any(built.objective(plan).regularises for plan in stages):
+            told = "the encoder of an introspective objective pays it, and no stage has one: leave it out"
+            problems += [f"{place}.{key}: {told}" for key in getattr(prior, "regularisers", ())]
     if problems:
         raise UserError(problems)
 
