@@ -441,7 +441,7 @@ def test_a_length_is_never_cut_short(count, batch, epoch):
         ("logvar_bound = nan", "train.logvar_bound: expected a finite number, got nan"),
         ("logvar_bound = inf", "train.logvar_bound: expected a finite number, got inf"),
         ("logvar_bound = -0.5", "train.logvar_bound: must be >= 0, got -0.5"),
-        ("precision = 'fp23'", "train.precision: must be one of 'fp32', 'tf32', 'bf16', got \"fp23\""),
+        ("precision = 'fp23'", "train.precision: must be one of 'fp32', 'tf32', 'bf16', 'auto', got \"fp23\""),
         ("precision = 32", "train.precision: expected a string, got 32"),
         ("tick = 50", "train.tick: expected a string, got 50"),
         ('tick = "0 steps"', "train.tick: expected a length such as"),
