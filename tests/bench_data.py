@@ -22,9 +22,9 @@ from siv_core.train.trainer import Trainer
 
 SETTINGS = {  # pixels a side -> pictures, channels and batch of a residual network
     32: (20_000, [64, 128, 256], 32),
-    256: (2_000, [8, 16, 32, 64, 64, 64], 16),
+    256: (1_000, [8, 16, 32, 64, 64, 64], 8),
 }
-ROUNDS = 15
+ROUNDS = 9
 
 
 def trainers(size: int, folder: Path) -> dict[str, Trainer]:

@@ -1,6 +1,7 @@
 """A step of one process against that of two on one machine, a thread and the recipe's batch each: `just bench-scaling`.
 
-Ideal is that two do twice the batch in the same time. Told with it: the share of a step that goes into summing the gradients.
+Ideal is that two do twice the batch in the same time. Told with it: the share of a step that goes into summing the gradients, and how
+much two processes that have nothing to do with each other slow each other down, which is the machine's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -69,6 +71,13 @@ def run(world: int, arguments: list[str], steps: int) -> dict[str, float]:
     return told
 
 
+def beside(arguments: list[str], steps: int) -> float:
+    """Seconds a step of two processes of their own at once."""
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda _: run(1, arguments, steps), range(2)))
+    return statistics.mean(one["seconds"] for one in told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", type=Path, default=HERE / "recipes/digits.toml")
@@ -79,16 +88,27 @@ def main() -> None:
         timed(arguments.recipe, arguments.profile)
         return
     given = [str(arguments.recipe), *(part for name in arguments.profile for part in ("--profile", name))]
-    ones, twos = [], []
+    ones, twos, apart = [], [], []
     for _ in range(ROUNDS):  # by turns
         ones.append(run(1, given, 0))
         twos.append(run(2, given, int(ones[-1]["steps"])))
+        apart.append(beside(given, 0))
     one, two = (statistics.median(told["seconds"] for told in of) for of in (ones, twos))
+    machine = statistics.median(apart)
     share = statistics.median(told["summing"] / told["seconds"] for told in twos)
     print(f"one process {1e3 * one:.1f} ms a step, two with twice the batch {1e3 * two:.1f} ms: {one / two:.3f} of ideal")
+    print(
+        f"two processes that share nothing {1e3 * machine:.1f} ms: {one / machine:.3f} of ideal; two that sum {machine / two:.3f} of those"
+    )
     print(f"summing gradients, and waiting for the other: {share:.1%} of a step")
     about = {"recipe": arguments.recipe.stem, "profiles": arguments.profile, "beside": "two processes", "threads": 1}
-    print(keep(HERE / "bench", about, {"of_ideal": one / two, "summing": share, "one_ms": 1e3 * one, "two_ms": 1e3 * two}))
+    print(
+        keep(
+            HERE / "bench",
+            about,
+            {"of_ideal": one / two, "of_two_apart": machine / two, "summing": share, "one_ms": 1e3 * one, "two_ms": 1e3 * two},
+        )
+    )
 
 
 if __name__ == "__main__":
