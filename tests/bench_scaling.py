@@ -1,7 +1,7 @@
 """A step of one process against that of two on one machine, a thread and the recipe's batch each: `just bench-scaling`.
 
-Ideal is that two do twice the batch in the same time. Told with it: the share of a step that goes into summing the gradients, and how
-much two processes that have nothing to do with each other slow each other down, which is the machine's.
+Ideal is that two do twice the batch in the same time. Told with it: the share of a step that goes into summing the gradients, and
+how much two processes that have nothing to do with each other slow each other down, which is the machine's.
 """
 
 from __future__ import annotations
@@ -97,18 +97,11 @@ def main() -> None:
     machine = statistics.median(apart)
     share = statistics.median(told["summing"] / told["seconds"] for told in twos)
     print(f"one process {1e3 * one:.1f} ms a step, two with twice the batch {1e3 * two:.1f} ms: {one / two:.3f} of ideal")
-    print(
-        f"two processes that share nothing {1e3 * machine:.1f} ms: {one / machine:.3f} of ideal; two that sum {machine / two:.3f} of those"
-    )
+    print(f"two that share nothing {1e3 * machine:.1f} ms: {one / machine:.3f} of ideal; two that sum {machine / two:.3f} of it")
     print(f"summing gradients, and waiting for the other: {share:.1%} of a step")
     about = {"recipe": arguments.recipe.stem, "profiles": arguments.profile, "beside": "two processes", "threads": 1}
-    print(
-        keep(
-            HERE / "bench",
-            about,
-            {"of_ideal": one / two, "of_two_apart": machine / two, "summing": share, "one_ms": 1e3 * one, "two_ms": 1e3 * two},
-        )
-    )
+    figures = {"of_ideal": one / two, "of_two_apart": machine / two, "summing": share, "one_ms": 1e3 * one, "two_ms": 1e3 * two}
+    print(keep(HERE / "bench", about, figures))
 
 
 if __name__ == "__main__":
