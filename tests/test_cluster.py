@@ -163,8 +163,6 @@ def test_a_cluster_takes_less_than_a_second_of_a_trial(tmp_path, siv):
 
     with LocalCluster(n_workers=8, threads_per_worker=1, dashboard_address=None) as here, Client(here) as client:
         client.run(patch)
-        nothing = siv("sweep", "some.toml", "--on", here.scheduler_address, "--root", "far", "--device", "cpu", "--dry-run")
-        assert nothing.returncode == 0, nothing.stderr
         begun = time.monotonic()
         done = siv("sweep", "some.toml", "--on", here.scheduler_address, "--root", "far", "--device", "cpu", seconds=800)
         seconds = time.monotonic() - begun
