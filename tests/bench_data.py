@@ -22,7 +22,7 @@ from siv_core.train.trainer import Trainer
 
 SETTINGS = {  # pixels a side -> pictures, channels and batch of a residual network
     32: (20_000, [64, 128, 256], 32),
-    256: (1_000, [8, 16, 32, 64, 64, 64], 8),
+    256: (500, [8, 16, 16, 16, 16, 16], 4),
 }
 ROUNDS = 9
 

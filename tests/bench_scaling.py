@@ -31,12 +31,12 @@ from siv_core.train.trainer import Trainer
 ROUNDS = 3
 
 
-def timed(path: Path, profiles: list[str]) -> None:
+def timed(path: Path, profiles: list[str], sets: list[str]) -> None:
     """By each of the processes: seconds a step of the first introspective stage, and of its sums; the main one prints them."""
     torch.set_num_threads(1)
     processes = parallel.start(torch.device("cpu"))
     known = catalogue.load()
-    read = recipe.load(path, known, profiles)
+    read = recipe.load(path, known, profiles, sets)
     stages = tuple(evolve(plan, batch=plan.batch * processes.world) for plan in read.stages)
     read = evolve(read, stages=stages, train=evolve(read.train, batch=read.train.batch * processes.world))
     data = build.dataset(read, known)
@@ -82,12 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", type=Path, default=HERE / "recipes/digits.toml")
     parser.add_argument("--profile", action="append", default=[])
+    parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.timed:
-        timed(arguments.recipe, arguments.profile)
+        timed(arguments.recipe, arguments.profile, arguments.sets)
         return
-    given = [str(arguments.recipe), *(part for name in arguments.profile for part in ("--profile", name))]
+    options = [("--profile", name) for name in arguments.profile] + [("--set", value) for value in arguments.sets]
+    given = [str(arguments.recipe), *(part for option in options for part in option)]
     ones, twos, apart = [], [], []
     for _ in range(ROUNDS):  # by turns
         ones.append(run(1, given, 0))
