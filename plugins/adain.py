@@ -85,8 +85,27 @@ class TwoEncoders(nn.Module):
         return {group: encoder(x) for group, encoder in self.named_children()}
 
 
+class DoublingConvolution(nn.Conv2d):
+    """A 3 x 3 convolution of x [N, C, H, W] doubled by nearest neighbours, zeros around it: [N, C', 2H, 2W].
+
+    Two neighbours in a doubled row are one pixel of x, so that each output pixel sees 2 x 2 of them: a transposed convolution of
+    stride 2, whose 4 x 4 kernel sums the taps that fall together, takes 4 products where the doubled map takes 9.
+    """
+
+    taps: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        taps = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # from a side of the kernel to one of the wider kernel
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = full_precision(lambda weight: self.taps.T @ weight @ self.taps, self.weight)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
 class AdaINDecoder(nn.Module):
-    """Content code through linear layers to a small map; blocks of upsample, convolution, leaky ReLU, AdaIN; two convolutions."""
+    """Content code through linear layers to a small map; blocks (doubling convolution, leaky ReLU, AdaIN); two convolutions."""
 
     def __init__(
         self,
@@ -105,7 +124,7 @@ class AdaINDecoder(nn.Module):
         widths = (dims[CONTENT], max(1, flat // 8), max(1, flat // 4), flat)
         self.content = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         before = (channels[0], *channels[:-1])
-        self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(before, channels, strict=True))
+        self.blocks = nn.ModuleList(DoublingConvolution(a, b) for a, b in zip(before, channels, strict=True))
         self.modulation = nn.ModuleList(nn.Linear(dims[CLASS], 2 * c) for c in channels)
         inputs = (channels[-1], output[0][0])
         self.output = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, (b, k) in zip(inputs, output, strict=True))
@@ -120,7 +139,7 @@ class AdaINDecoder(nn.Module):
         if self.normalise_content:
             x = normalised(x)
         for convolution, modulation in zip(self.blocks, self.modulation, strict=True):
-            x = F.leaky_relu(convolution(F.interpolate(x, scale_factor=2.0, mode="nearest")), self.slope)
+            x = F.leaky_relu(convolution(x), self.slope)
             x = self.adain(x, modulation(codes[CLASS]))
         wide, last = self.output
         x = full_precision(last, F.leaky_relu(wide(x), self.slope))
@@ -131,13 +150,17 @@ class AdaINDecoder(nn.Module):
 
     def adain(self, x: Tensor, parameters: Tensor) -> Tensor:
         """Instance-normalise x [N, C, H, W] and give it the offset and scale in `parameters` [N, 2C], interleaved by channel."""
-        offset, scale = parameters.unflatten(1, (-1, 2))[..., None, None].unbind(2)  # [N, C, 1, 1] each
-        return torch.addcmul(offset, normalised(x), 1 + scale if self.one_plus else scale)
+        offset, scale = parameters.unflatten(1, (-1, 2)).unbind(2)  # [N, C] each
+        return normalised(x, 1 + scale if self.one_plus else scale, offset)
 
 
-def normalised(x: Tensor) -> Tensor:
-    """x [N, C, H, W] with mean 0 and variance 1 over the pixels of each sample and channel (population variance + 1e-5)."""
-    return F.group_norm(x, x.shape[1], eps=1e-5)
+def normalised(x: Tensor, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """x [N, C, H, W] with mean 0 and variance 1 over the pixels of each sample and channel (population variance + 1e-5), times
+    `scale` plus `offset` [N, C]: one group norm over the channels of all samples, each its own group."""
+    n, c = x.shape[:2]
+    maps = x.reshape(1, n * c, *x.shape[2:])
+    weight, bias = (None, None) if scale is None or offset is None else (scale.flatten(), offset.flatten())
+    return F.group_norm(maps, n * c, weight, bias, eps=1e-5).view(x.shape)
 
 
 def build(config: AdaINConfig, spec: Spec) -> Networks:
