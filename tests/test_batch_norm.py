@@ -172,6 +172,28 @@ def test_shared_norm_is_the_plain_one_in_a_single_process(monkeypatch):
         torch.testing.assert_close(shared(x), plain(x))
 
 
+def test_shared_norm_keeps_precision_layout_and_type(monkeypatch):
+    """Its mean and variance come of sums of squares, but far from 0 it is as near to float64 as the plain one is."""
+    monkeypatch.setattr("siv_core.train.parallel.dist.all_reduce", lambda x: None)
+    torch.manual_seed(0)
+    shared, plain, exact = (nn.Sequential(nn.BatchNorm2d(4)) for _ in range(3))
+    share_statistics(shared), exact.double()
+    x = torch.randn(8, 4, 16, 16) + 3000
+    weight = torch.randn_like(x)
+    errors = {}
+    for name, norm in (("shared", shared), ("plain", plain)):
+        mine, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+        y, z = norm(mine), exact(theirs)
+        pairs = (y, z), (*torch.autograd.grad(y, mine, weight), *torch.autograd.grad(z, theirs, weight.double()))
+        errors[name] = [float((a.detach() - b.detach()).abs().max()) for a, b in pairs]
+    assert all(a < 10 * b for a, b in zip(errors["shared"], errors["plain"], strict=True)), errors
+    last = shared(torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_())
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    half = torch.randn(2, 4, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+    y = shared(half)
+    assert y.dtype == torch.autograd.grad(y.sum(), half)[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["forward", "sync"])
 def test_a_norm_with_a_way_of_its_own_is_refused(kind):
     class Scaled(nn.BatchNorm2d):
