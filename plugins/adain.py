@@ -97,10 +97,10 @@ class DoublingConvolution(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
         taps = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])  # from a side of the kernel to one of the wider kernel
-        self.register_buffer("taps", taps, persistent=False)
+        self.register_buffer("taps", torch.kron(taps, taps), persistent=False)  # [9, 16]
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = full_precision(lambda weight: self.taps.T @ weight @ self.taps, self.weight)
+        kernel = full_precision(lambda weight: weight.flatten(2) @ self.taps, self.weight).unflatten(2, (4, 4))
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
@@ -160,7 +160,7 @@ def normalised(x: Tensor, scale: Tensor | None = None, offset: Tensor | None = N
     n, c = x.shape[:2]
     maps = x.reshape(1, n * c, *x.shape[2:])
     weight, bias = (None, None) if scale is None or offset is None else (scale.flatten(), offset.flatten())
-    return F.group_norm(maps, n * c, weight, bias, eps=1e-5).view(x.shape)
+    return torch.group_norm(maps, n * c, weight, bias, eps=1e-5).view(x.shape)  # F's refuses maps of one pixel, which become 0
 
 
 def build(config: AdaINConfig, spec: Spec) -> Networks:

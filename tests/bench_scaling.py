@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", type=Path, default=HERE / "recipes/digits.toml")
     parser.add_argument("--profile", action="append", default=[])
-    parser.add_argument("--set", action="append", default=[], dest="sets")
+    parser.add_argument("--set", action="append", default=[], dest="sets", help="as of siv run")
     parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.timed:
@@ -101,7 +101,13 @@ def main() -> None:
     print(f"one process {1e3 * one:.1f} ms a step, two with twice the batch {1e3 * two:.1f} ms: {one / two:.3f} of ideal")
     print(f"two that share nothing {1e3 * machine:.1f} ms: {one / machine:.3f} of ideal; two that sum {machine / two:.3f} of it")
     print(f"summing gradients, and waiting for the other: {share:.1%} of a step")
-    about = {"recipe": arguments.recipe.stem, "profiles": arguments.profile, "beside": "two processes", "threads": 1}
+    about = {
+        "recipe": arguments.recipe.stem,
+        "profiles": arguments.profile,
+        "sets": arguments.sets,
+        "beside": "two processes",
+        "threads": 1,
+    }
     figures = {"of_ideal": one / two, "of_two_apart": machine / two, "summing": share, "one_ms": 1e3 * one, "two_ms": 1e3 * two}
     print(keep(HERE / "bench", about, figures))
 

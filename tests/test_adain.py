@@ -67,6 +67,12 @@ def test_adain_is_a_normalisation_of_each_sample_and_channel(one_plus):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_a_map_of_one_pixel_normalises_to_nothing():
+    x, scale, offset = torch.randn(2, 3, 1, 1), torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(adain.normalised(x), torch.zeros_like(x))
+    torch.testing.assert_close(adain.normalised(x, scale, offset), offset[..., None, None])
+
+
 def test_channels_last_maps_are_normalised_alike():
     x, scale, offset = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3), torch.randn(2, 3)
     last = adain.normalised(x.to(memory_format=torch.channels_last), scale.double(), offset.double())

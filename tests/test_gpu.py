@@ -50,3 +50,21 @@ def test_precisions_stay_close_to_fp32(tmp_path, siv, precision):
         done = siv("run", recipe(tmp_path, precision=name), "--run-dir", tmp_path / name, "--device", "cuda")
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_shared_norm_is_that_of_the_cpu(monkeypatch, affine):
+    from siv_core.train import parallel
+
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda x: None)
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(4, affine=affine))
+    parallel.share_statistics(norm)
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 4, 5, 5), torch.randn(8, 4, 5, 5)
+    found = []
+    for device in ("cpu", "cuda"):
+        mine = x.to(device).requires_grad_()
+        y = norm.to(device)(mine)
+        found.append([y, *torch.autograd.grad(y, [mine, *norm.parameters()], weight.to(device))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4)

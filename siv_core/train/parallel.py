@@ -147,12 +147,13 @@ class _SharedNorm(torch.autograd.Function):
         """dx = w/σ (dy − ⟨dy⟩ − x̂ ⟨dy x̂⟩), means over all processes; the sums of dy x̂ and dy are those of w and b."""
         x, weight, mean, variance, n = ctx.saved_tensors
         wide, dy_wide = x.to(mean.dtype), dy.to(mean.dtype)
+        inverse = torch.rsqrt(variance + ctx.eps)  # [C]
+        scale = inverse if weight is None else weight * inverse
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy_wide, wide, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            dy_wide, wide, torch.ones_like(mean), mean, variance, mean, inverse, False, ctx.eps, [False, True, True]
         )
         total = torch.cat([d_weight, d_bias]).double()
         dist.all_reduce(total)
-        scale = torch.rsqrt(variance + ctx.eps) if weight is None else weight * torch.rsqrt(variance + ctx.eps)  # [C]
         along, offset = ((part / n).to(mean.dtype) * -scale for part in total.chunk(2))
         dx = F.batch_norm(wide, mean, variance, along, offset, training=False, eps=ctx.eps)
         dx = dx.addcmul_(dy_wide, scale.view(1, -1, *[1] * (x.dim() - 2))).to(x.dtype)
