@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -101,6 +102,19 @@ def test_why_a_command_came_to_no_end_stands_in_its_log(tmp_path, status, error,
     assert (tmp_path / "log.txt").read_text() == f"the cluster did not bring it to its end ({told})\n"
 
 
+def in_mid_trial(workers, folder):
+    """The workers whose trial has a checkpoint to go on from and many steps before it."""
+    import psutil
+
+    for worker in workers:
+        for process in psutil.Process(worker).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                words = process.cmdline()
+                run = folder / words[words.index("--run-dir") + 1] if "--run-dir" in words else folder
+                if 0 < max((int(path.name[5:]) for path in run.glob("checkpoints/step_*")), default=0) < 1000:
+                    yield worker
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):
@@ -115,9 +129,12 @@ def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as here, Client(here) as client:
         import threading
 
+        workers = list(client.run(os.getpid).values())
+
         def kill():
-            wait_for(lambda: len(list((tmp_path / "far").glob("*/checkpoints/step_*"))) > 1, seconds=300)
-            os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+            found = []
+            wait_for(lambda: found.extend(in_mid_trial(workers, tmp_path)) or found, seconds=300)
+            os.kill(found[0], signal.SIGKILL)
 
         killer = threading.Thread(target=kill)
         killer.start()
