@@ -14,6 +14,7 @@ from test_sweep import HEAD, wait_for
 from toys import SMALL
 
 from siv_core.errors import UserError
+from siv_core.store import checkpoint
 from siv_core.store.rundir import RunDir
 from siv_core.sweep import cluster, jobs
 
@@ -110,8 +111,9 @@ def in_mid_trial(workers, folder):
         for process in psutil.Process(worker).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended meanwhile
                 words = process.cmdline()
-                run = folder / words[words.index("--run-dir") + 1] if "--run-dir" in words else folder
-                if 0 < max((int(path.name[5:]) for path in run.glob("checkpoints/step_*")), default=0) < 1000:
+                run = RunDir(folder / words[words.index("--run-dir") + 1]) if "--run-dir" in words else None
+                saved = checkpoint.steps(run.checkpoints) if run else []
+                if saved and saved[-1] < 1000:
                     yield worker
 
 
