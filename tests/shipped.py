@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def train(path: Path, catalogue: catalogues.Catalogue, processes: parallel.Paral
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     timing.RANDOM_IMAGES = 32

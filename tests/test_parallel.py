@@ -62,6 +62,28 @@ def test_more_processes_than_devices(machine, monkeypatch):
         parallel.local_device(torch.device("cuda"))
 
 
+LEAVING = """
+import atexit, os, torch, torch.distributed as dist, torch.nn as nn
+from siv_core.train import parallel
+atexit.register(lambda: os.write(1, f"{at_work.rank} of {at_work.world} left: {not dist.is_initialized()}\\n".encode()))
+at_work = parallel.start(torch.device("cpu"))
+weight = nn.Parameter(torch.full((3,), float(at_work.rank)))
+at_work.agree([weight])
+weight.square().sum().backward()
+assert weight.tolist() == weight.grad.tolist() == [0.0] * 3
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_without_a_warning_and_leave_one_another_at_their_end(tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
+    done = subprocess.run([*command, "leaving.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == ["0 of 2 left: True", "1 of 2 left: True"]
+
+
 # -- every shipped recipe --------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ With one process everything here is the identity.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,6 +73,7 @@ class Parallel:
         total = summed(torch.cat([x.sum(dim=0).flatten(), count]))
         return (total[:-1] / total[-1]).view(x.shape[1:])
 
+    @torch.no_grad()
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the main one's values, in place."""
         if self.world > 1:
@@ -233,4 +235,5 @@ def start(device: torch.device) -> Parallel:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=own, rank=rank, world_size=world)
+        atexit.register(dist.destroy_process_group)  # left to the end of Python, gloo's threads abort four of ten processes
     return Parallel(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))  # type: ignore[arg-type]
