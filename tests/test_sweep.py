@@ -171,7 +171,7 @@ def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
         "collapse": 2,
         "variants": 15,
         "introvae": 20,
-        "introvae_search": 2 * 4 + 3 * 4 + 3 + 2,
+        "introvae_search": 2 * 4 + 3 * 4 + 3 + 3,
         "schedule": 6,
         "mnist": 12,
         "table7": 24,
