@@ -110,6 +110,7 @@ class FdClassifier:
         config = self.config
         return {
             "features": f"of a classifier trained on this data set's own {config.factor or 'labels'}: see classifier",
+            "shape": list(self.spec.shape),
             "classifier": judge.about,
             "distances": about,
             "reference": {"split": config.reference, "images": images, "of": of},

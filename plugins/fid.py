@@ -144,6 +144,7 @@ class Fid:
 
     def _protocol(self) -> dict[str, Any]:
         return {
+            "shape": list(self.spec.shape),
             "mode": self.config.mode,
             "modes": MODES[self.config.mode],
             "batch": self._batch,

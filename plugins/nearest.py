@@ -55,6 +55,7 @@ class Nearest:
         protocol = {
             "rmse": "root of the mean squared error to the nearest training image, values in [0, 1], mean over images",
             "nearer_than_1_percent": "share of samples nearer to a training image than 99 % of held-out images: chance 0.01",
+            "shape": list(self.spec.shape),
             "samples": len(samples),
             "held_out": len(unseen),
             "training images": len(rows),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from attrs import evolve
 
 from siv_core.errors import UserError
 from siv_core.runs import opened, record, session, watchers
@@ -71,6 +72,15 @@ def evaluate(run: Path) -> None:
     one = opened.open_run(run, "last", "auto", "cpu")
     about = record.measured_as(one.built, one.model, "evaluate", one.step)
     record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watchers.Silent(), None)
+
+
+def test_a_metric_that_a_stage_cannot_have_is_told_when_it_is_to_measure(run):
+    one = opened.open_run(run, "last", "auto", "cpu")
+    metrics = one.built.metrics(evolve(one.model.spec, factors={}))
+    about = record.measured_as(one.built, one.model, "evaluate", one.step)
+    [line] = record.append_metrics(one.built, metrics, one.model, one.run_dir, about, watchers.Silent(), None)
+    assert (line["metric"], line["name"]) == ("latent_probes", "all")
+    assert "needs data with factors" in line["skipped"]
 
 
 def test_a_finished_run_says_so_and_is_left_alone(run):

@@ -18,13 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from siv_core import Model, Spec, Stage, UserError
+from siv_core.data import feed
 from siv_core.nets import Priors, set_stage
+from siv_core.runs import opened
 from siv_core.seeding import Streams
+from siv_core.store.rundir import RunDir
 from siv_core.testing import build_seeded, check_network
 from siv_core.train import stage as stages
 from siv_core.train.players import Player
 from siv_core.train.step import play
-from siv_core.use import mixing
+from siv_core.use import evaluate, mixing
 
 SMALL = StyleConfig(start_channels=4, max_channels=8, z_dim=6, encoder_mapping=2, decoder_mapping=3)
 SPEC = Spec((3, 16, 16))
@@ -502,7 +505,8 @@ def run(siv_in, tmp_path_factory):
     network = "name = 'style'\nstart_channels = 4\nmax_channels = 8\nz_dim = 6\nencoder_mapping = 2\ndecoder_mapping = 2\n"
     (folder / "recipe.toml").write_text(
         f"format = 1\n[data]\nname = 'digits'\n[network]\n{network}[objective]\nname = 'soft_intro_vae'\n[shadow]\n[train]\n"
-        "batch = 8\ntick = '2 steps'\n[[stages]]\nlength = '2 steps'\ndata = {size = 4}\n"
+        "batch = 8\ntick = '2 steps'\ncheckpoint = '2 steps'\nkeep_every = 1\n[metrics.nearest]\ncount = 60\nevery = '2 steps'\n"
+        "[[stages]]\nlength = '2 steps'\ndata = {size = 4}\n"
         "[[stages]]\nlength = '4 steps'\nfade = 0.5\n"
     )
     done = siv_in(folder, "run", "recipe.toml", "--run-dir", "run", "--device", "cpu")
@@ -513,6 +517,27 @@ def run(siv_in, tmp_path_factory):
 def test_the_pictures_of_a_run(run):
     there = {path.name for path in (run / "images").glob("*.png")}
     assert {"samples.png", "reconstructions.png", "style_mixing.png", "curves.png", "preview_00000002.png"} <= there
+
+
+def test_an_early_stage_is_measured_at_its_size(siv_in, run):
+    """Of the checkpoint at 4 pixels: data and samples alike, and the nearest images are those of a naive search there."""
+    metrics = ["latent_probes.class_factor='digit'", "fd_classifier={count=100, epochs=1}"]
+    sets = [word for metric in metrics for word in ("--set", f"metrics.{metric}")]
+    done = siv_in(run.parent, "evaluate", "run", "--checkpoint", "2", *sets, "--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(done.stdout)["metrics"]
+    assert not [line for line in lines if line["name"] == "all"]  # where a metric cannot be taken
+    in_training = [line for line in RunDir(run).read("metrics") if line["by"] == "training" and line["step"] == 2]
+    for metric, lines_of in (("nearest", lines), ("fd_classifier", lines), ("nearest", in_training)):
+        assert {str(line["protocol"]["shape"]) for line in lines_of if line["metric"] == metric} == {"[1, 4, 4]"}
+    assert {line["name"] for line in lines if line["metric"] == "latent_probes"} >= {"knn.z.digit", "linear.z.digit"}
+
+    data = opened.open_run(run, "last", "auto", "cpu").built.dataset
+    positions = {"train": torch.arange(len(data.rows("train"))), "held_out": evaluate.some(data, "held_out", 60, 0)}
+    train, chosen = (F.avg_pool2d(feed.images(data.rows(split), at, data.spec), 2) for split, at in positions.items())
+    nearest = torch.cdist(chosen.flatten(1), train.flatten(1)).min(dim=1).values / 4
+    found = [line["value"] for line in (*lines, *in_training) if line["name"] == "held_out.rmse"]
+    assert found == pytest.approx([float(nearest.mean())] * 2, abs=2e-3)  # pictures are bytes
 
 
 def test_what_a_run_is_put_to(siv_in, run):

@@ -50,7 +50,8 @@ def evaluate(as_json: bool, **which: Any) -> None:
     watcher.say(f"measured with {opened.need_data(one, watcher.progress)}: {one.model.name}")
     with one.run_dir.locked():
         about = record.measured_as(one.built, one.model, "evaluate", one.step)
-        lines = record.append_metrics(one.built, one.built.metrics(), one.model, one.run_dir, about, watcher, None)
+        metrics = one.built.metrics(one.model.spec)
+        lines = record.append_metrics(one.built, metrics, one.model, one.run_dir, about, watcher, None)
     if as_json:
         print_json({"run": str(which["run"]), "metrics": lines})
     else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import attrs
 import torch
-from attrs import define
+from attrs import define, frozen
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,7 +17,7 @@ from siv_core.errors import PluginError, SivError, UserError, near_miss
 from siv_core.losses import Betas
 from siv_core.model import Model
 from siv_core.nets import Priors, lr_factors
-from siv_core.protocols import Dataset, Metric, Networks, Objective, Spec
+from siv_core.protocols import Dataset, Measurement, Metric, Networks, Objective, Progress, Spec
 from siv_core.recipe import fits
 from siv_core.recipe.catalogue import Catalogue, blame, words
 from siv_core.recipe.options import PLAYERS
@@ -34,6 +34,19 @@ PROMISED = {  # what is asked of what a component builds, see protocols.py
     "metric": ("needs", "measure"),
     "weights": ("network", "convert"),
 }
+
+
+@frozen
+class Unfit:
+    """In the place of a metric that cannot be of the images of an early stage."""
+
+    problems: list[str]
+
+    def needs(self) -> Iterable[str]:
+        return ()
+
+    def measure(self, model: Model, data: Dataset, progress: Progress) -> Measurement:
+        raise UserError(self.problems)
 
 
 @define
@@ -128,13 +141,19 @@ class Built:
         reasons += [f"the prior of group '{group}' takes a mean over the whole batch" for group in wanting]
         return reasons
 
-    def metrics(self) -> dict[str, Metric]:
-        built, problems = {}, []
+    def metrics(self, at: Spec | None = None) -> dict[str, Metric]:
+        """Those of the recipe, for the data as they are or, `at` a size that a model has grown to, as it sees them: one that
+        cannot be of these raises when it is to measure."""
+        built: dict[str, Metric] = {}
+        problems: list[str] = []
         for name, metric in self.recipe.metrics.items():
             choice = metric.choice
             try:
-                built[name] = self._build(choice, self.spec, self.networks.groups, self.networks.translate)
+                built[name] = self._build(choice, at or self.spec, self.networks.groups, self.networks.translate)
             except UserError as error:
+                if at is not None:
+                    built[name] = Unfit(error.problems)
+                    continue
                 problems += [f"metrics.{name}: {line.removeprefix(f'metric {choice.name}: ')}" for line in error.problems]
         if problems:
             raise UserError(problems)

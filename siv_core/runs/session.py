@@ -235,9 +235,11 @@ def _train(trainer: Trainer, request: Request, watcher: Watcher) -> Training[str
         trainer.stats.check()  # every process asks: none measures what is no longer finite
         if trainer.parallel.main:
             begun, step = time.monotonic(), trainer.counters.step
-            model, chosen = trainer.model("auto"), {name: metrics[name] for name in names}
-            about = record.measured_as(built, model, "training", step)
-            record.append_metrics(built, chosen, model, run_dir, about, Patient(watcher), f"_{step:08d}")
+            model = trainer.model("auto")
+            at_stage, about = built.metrics(model.spec), record.measured_as(built, model, "training", step)
+            record.append_metrics(
+                built, {name: at_stage[name] for name in names}, model, run_dir, about, Patient(watcher), f"_{step:08d}"
+            )
             seconds = time.monotonic() - begun
             watcher.say(f"step {step:,}: {', '.join(names)} measured in {seconds:.1f} s, see {run_dir.path / 'metrics.jsonl'}")
         trainer.parallel.wait()  # not in the sum of the next step, which gives up sooner
@@ -247,7 +249,8 @@ def _train(trainer: Trainer, request: Request, watcher: Watcher) -> Training[str
 
 def finish(trainer: Trainer, watcher: Watcher) -> None:
     """Curves, pictures and the recipe's metrics of the state at the end of training, whose checkpoint is saved."""
-    built, run_dir, model, metrics = trainer.built, trainer.rundir, trainer.model("auto"), trainer.built.metrics()
+    built, run_dir, model = trainer.built, trainer.rundir, trainer.model("auto")
+    metrics = built.metrics(model.spec)
     pictures.curves(run_dir.images / "curves.png", run_dir.read("stats"), trainer.schedule.images())
     watcher.wrote(run_dir.images / "curves.png")
     seed, about = built.recipe.train.seed, record.measured_as(built, model, "run", trainer.counters.step)
