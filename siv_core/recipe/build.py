@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ PROMISED = {  # what is asked of what a component builds, see protocols.py
 class Unfit:
     """In the place of a metric that cannot be of the images of an early stage."""
 
-    problems: list[str]
+    problems: Sequence[str]
 
     def needs(self) -> Iterable[str]:
         return ()
