@@ -38,6 +38,7 @@ CHUNK = 1 << 15  # points between two signs of life
 SMOOTHING = 0.5  # counts added to every bin (Jeffreys' prior) before the clean KL
 PIXELS = 380  # of a panel
 DRAWN_DATA, DRAWN_GRID = 5000, 300  # points of data, and points a side of the density, in a picture
+NO_BETA = "the objective has not one beta_rec / beta_kl: say both as options of the metric"
 DATA_COLOUR, SAMPLE_COLOUR = "#b9b9b9", "#c8371f"
 
 Floats = NDArray[np.float64]
@@ -46,8 +47,8 @@ Values = dict[str, float | str]
 
 @frozen
 class Density2DConfig:
-    beta_rec: float = option(1.0, doc="the objective's, for clean.elbo and clean.nll.own_betas", gt=0)
-    beta_kl: float = option(1.0, doc="the objective's, for clean.elbo and clean.nll.own_betas", gt=0)
+    beta_rec: float = option(0.0, doc="with beta_kl, for clean.elbo and clean.nll.own_betas; 0: the objective's", ge=0)
+    beta_kl: float = option(0.0, doc="see beta_rec", ge=0)
     redraws: int = option(10, doc="times that the official numbers are taken, each with fresh samples", ge=2)
     clean_samples: int = option(200_000, doc="of data and of model, for the clean divergences", ge=1000)
     clean_bins: int = option(50, doc="a side, for the clean divergences", ge=2)
@@ -166,12 +167,12 @@ class Density2D:
         held_out = data.rows("held_out")
         x = images(held_out, torch.arange(len(held_out)), model.spec)
         grid = self.energies(model, square((-self.half_range, self.half_range), GRID), progress, "energy on the grid")
-        values = self.gnelbo(model, grid[0] + grid[1], sources, progress)
-        values.update(self.histograms(sources, progress))
-        values.update(self.likelihood(model, grid, x, law))
+        values = self.gnelbo(model, grid[0] + grid[1], sources, progress) | self.histograms(sources, progress)
+        beta = self.config.beta_rec / self.config.beta_kl if self.config.beta_rec else model.decoder_beta
+        values |= self.likelihood(model, beta, grid, x, law)
         divergences, binned = self.divergences(law, sources, progress)
-        picture = draw_histograms(binned, self.half_range)
-        return Measurement({**values, **divergences}, self.protocol(len(x), law), {"histograms": picture})
+        pictures = {"histograms": draw_histograms(binned, self.half_range)}
+        return Measurement(values | divergences, self.protocol(beta, len(x), law), pictures)
 
     def draw(self, models: Mapping[str, Model], data: Dataset | None, seed: int, count: int) -> Picture | None:
         """`count` samples over held-out data above, densities below, a column for each model; of one model beside each other."""
@@ -203,8 +204,7 @@ class Density2D:
         points = torch.cat([sources.real(DATA_POINTS, "gnelbo", i) for i in range(n)])
         energies = torch.stack(self.energies(model, points, progress, "energy of data")).sum(dim=0)
         taken = [gnelbo(grid, own) for own in energies.chunk(n)]
-        chance = 1e7 / (len(grid) + DATA_POINTS)
-        return {**mean_and_sd("official.gnelbo", taken), "official.gnelbo.constant_energy": chance}
+        return {**mean_and_sd("official.gnelbo", taken), "official.gnelbo.constant_energy": 1e7 / (len(grid) + DATA_POINTS)}
 
     def histograms(self, sources: Sources, progress: Progress) -> Values:
         """KL and JSD as published, each of fresh samples; their floors are of the data against the data."""
@@ -223,25 +223,27 @@ class Density2D:
                 values.update(mean_and_sd(f"official.{key}", kept))
         return values
 
-    def likelihood(self, model: Model, grid: tuple[Tensor, Tensor], x: Tensor, law: Any) -> Values:
+    def likelihood(self, model: Model, beta: float | None, grid: tuple[Tensor, Tensor], x: Tensor, law: Any) -> Values:
         """Of held-out samples x, in nats: the normalised energy (betas of 1, and the objective's) and the objective's ELBO."""
         rec, kl = (part.cpu() for part in model.energy(x))
 
-        def nll(ratio: float) -> float | str:
-            energy = (ratio * grid[0] + grid[1]).unflatten(0, (GRID, GRID))
-            value = float((ratio * rec + kl).mean()) + log_integral(energy, self.half_range)
+        def nll(beta: float) -> float | str:
+            energy = (beta * grid[0] + grid[1]).unflatten(0, (GRID, GRID))
+            value = float((beta * rec + kl).mean()) + log_integral(energy, self.half_range)
             return value if math.isfinite(value) else "a held-out energy, or the integral over the grid, is not finite"
 
-        z = latents.sample(model.encode(x), self.posterior_noise(model, len(x)))
-        sampled_rec = (x - model.decode(z).cpu()).double().square().sum(dim=1)
-        ratio = self.config.beta_rec / self.config.beta_kl  # a Gaussian decoder of variance beta_kl / (2 beta_rec)
-        elbo = float((-ratio * sampled_rec - kl).mean()) + math.log(ratio / math.pi)
+        def elbo(beta: float) -> float | str:
+            z = latents.sample(model.encode(x), self.posterior_noise(model, len(x)))
+            drawn_rec = (x - model.decode(z).cpu()).double().square().sum(dim=1)
+            value = float((-beta * drawn_rec - kl).mean()) + math.log(beta / math.pi)  # of variance 1 / (2 beta)
+            return value if math.isfinite(value) else "the ELBO of a held-out sample is not finite"
+
         entropy = "the data set does not tell its entropy" if law is None else law.entropy
         return {
             "clean.nll": nll(1.0),
-            "clean.nll.own_betas": nll(ratio),
+            "clean.nll.own_betas": nll(beta) if beta else NO_BETA,
             "clean.nll.floor": entropy,
-            "clean.elbo": elbo if math.isfinite(elbo) else "the ELBO of a held-out sample is not finite",
+            "clean.elbo": elbo(beta) if beta else NO_BETA,
             "clean.elbo.floor": entropy if isinstance(entropy, str) else -entropy,
         }
 
@@ -273,7 +275,7 @@ class Density2D:
             values[f"clean.off_support{suffix}"] = off
         return values, shown
 
-    def protocol(self, held_out: int, law: Any) -> dict[str, Any]:
+    def protocol(self, beta: float | None, held_out: int, law: Any) -> dict[str, Any]:
         config = self.config
         return {
             "energy": "KL + |x - D(mu)|^2 with the posterior mean, betas of 1, float64",
@@ -287,10 +289,9 @@ class Density2D:
             f" q + {EPSILON:g}, samples outside left out, sum / {BINS}; the paper's unit",
             "official.jsd": "as official.kl: (KL(M | data) + KL(M | model)) / 2 with M their mean; reversed; the paper's unit",
             "clean.nll": f"nats; energy normalised over the {GRID} x {GRID} grid (trapezoidal rule), {held_out} held-out samples",
-            "clean.nll.own_betas": "as clean.nll, of the objective's energy, KL + beta_rec / beta_kl * |x - D(mu)|^2",
-            "clean.elbo": f"nats; E_q log N(x; D(z), beta_kl / (2 beta_rec)) - KL, one z a sample, {held_out} held-out samples",
-            "beta_rec": config.beta_rec,
-            "beta_kl": config.beta_kl,
+            "clean.nll.own_betas": "as clean.nll, of the objective's energy, KL + beta * |x - D(mu)|^2",
+            "clean.elbo": f"nats; E_q log N(x; D(z), 1 / (2 beta)) - KL, one z a sample, {held_out} held-out samples",
+            "beta": beta,
             "clean.kl": f"nats; KL(data | model) of masses, {config.clean_samples} samples each, {config.clean_bins} x"
             f" {config.clean_bins} bins of {2 * self.half_range / config.clean_bins:g} a side and one for all outside,"
             f" {SMOOTHING:g} added to each count; a lower bound of the densities' KL, blind to what is smaller than a bin",
@@ -389,6 +390,8 @@ def build(config: Density2DConfig, spec: Spec, groups: dict[str, int], translate
     low, high = spec.value_range
     if spec.shape != (2,) or low != -high:
         raise UserError(f"metric {WHAT}: needs points of two dimensions in [-L, L], such as toy2d; this is {list(spec.shape)}")
+    if bool(config.beta_rec) != bool(config.beta_kl):
+        raise UserError(f"metric {WHAT}: beta_rec and beta_kl are told both or neither")
     return Density2D(high, config)
 
 

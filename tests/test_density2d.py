@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from siv_plugins import density2d, toy2d
 from siv_plugins.density2d import clean_jsd, clean_kl, counts, density, gnelbo, log_integral, official_jsd, official_kl
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from siv_core.errors import UserError
 from siv_core.latents import Gaussian
+from siv_core.losses import Betas
 from siv_core.model import Model
 from siv_core.nets import Priors
 from siv_core.protocols import Batch, Rows, Spec
@@ -258,7 +260,7 @@ def test_a_model_that_is_right_reaches_every_floor(catalogue, monkeypatch):
         assert 0 < values[name] < 0.01
     assert values["clean.nll.floor"] == "the data set does not tell its entropy"
     assert values["clean.modes"] == "the data set does not tell its modes and its support"
-    assert protocol["beta_rec"] == 0.2
+    assert protocol["beta"] == 0.2 / 0.3
     assert "the paper's unit" in protocol["official.gnelbo"]
 
 
@@ -292,9 +294,25 @@ def test_likelihoods_of_a_model_that_reconstructs_badly(catalogue, monkeypatch):
     assert values["clean.elbo"] == pytest.approx(elbo, abs=0.06)
 
 
+def test_the_betas_are_the_objectives(catalogue, monkeypatch):
+    """Those of the model where the options say none: the same numbers; of neither, a reason."""
+    monkeypatch.setattr(density2d, "GRID", 65)
+    own, data = ("clean.elbo", "clean.nll.own_betas"), GaussianData(0.5, 4.0)
+    model = linear_model(catalogue, 4.0, 0.5, 0.0, 0.4)
+    said, protocol = taken(catalogue, evolve(model, betas=Betas(9.0, {"z": 1.0})), data, beta_rec=2.0, beta_kl=0.3)
+    of_model, same = taken(catalogue, evolve(model, betas=Betas(2.0, {"z": 0.3})), data)
+    assert said == of_model
+    assert protocol == same
+    none, _ = taken(catalogue, model, data)
+    assert {none[name] for name in own} == {density2d.NO_BETA}
+    assert {name: none[name] for name in none if name not in own} == {name: said[name] for name in said if name not in own}
+    with pytest.raises(UserError, match="both or neither"):
+        taken(catalogue, model, data, beta_rec=0.2)
+
+
 def test_an_overflow_is_a_skipped_value_with_its_reason(catalogue, monkeypatch):
     monkeypatch.setattr(density2d, "GRID", 33)
-    values, _ = taken(catalogue, linear_model(catalogue, 4.0, 0.5, 800.0), GaussianData(0.5, 4.0))
+    values, _ = taken(catalogue, linear_model(catalogue, 4.0, 0.5, 800.0), GaussianData(0.5, 4.0), beta_rec=1.0, beta_kl=1.0)
     assert values["official.gnelbo"] == values["official.gnelbo.sd"] == "the energy is not finite at 1089 of 1089 grid points"
     for name in ("clean.nll", "clean.nll.own_betas"):
         assert values[name] == "a held-out energy, or the integral over the grid, is not finite"
@@ -358,7 +376,7 @@ def test_mode_shares_by_hand():
 def test_the_same_numbers_again_and_others_with_another_seed(catalogue, monkeypatch):
     monkeypatch.setattr(density2d, "GRID", 33)
     model, data = linear_model(catalogue, 4.0, 0.6, -1.0), GaussianData(0.5, 4.0)
-    first, again, other = (taken(catalogue, model, data, seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (taken(catalogue, model, data, seed=seed, beta_rec=1.0, beta_kl=1.0)[0] for seed in (0, 0, 1))
     assert first == again
     assert all(first[name] != other[name] for name in ("official.kl", "official.gnelbo", "clean.kl", "clean.elbo"))
 
