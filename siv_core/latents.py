@@ -119,3 +119,13 @@ PATHS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def between(a: Codes, b: Codes, t: Tensor, path: str = "linear") -> Codes:
     """Codes at the share t (0-dim) of the way from a to b, each group by itself."""
     return {group: PATHS[path](a[group], b[group], t) for group in a}
+
+
+def truncated(styles: Tensor, means: Mapping[int | None, Tensor], psi: float, labels: Tensor | None) -> Tensor:
+    """Styles [N, layers, d] whose first K layers are at the share psi of their way from the mean [K, d] of their label, of all
+    without labels (Karras et al. 2019, section 3.2)."""
+    moved = styles.clone()
+    for label, mean in means.items():
+        these = slice(None) if label is None or labels is None else (labels == label).nonzero()[:, 0].to(styles.device)
+        moved[these, : len(mean)] = torch.lerp(mean, styles[these, : len(mean)], psi)
+    return moved

@@ -113,7 +113,11 @@ class Model:
         inputs.count(seed, "seed", 0)
         tree = self._placed(codes, labels)
         if psi != 1:
-            yield from self._rendered(self.truncated(self.styles(codes, labels), psi, labels), seed)
+            means = self._mean_styles(labels)
+            decoder: Any = self.decoder
+            yield from self._rendered(
+                lambda rows: latents.truncated(decoder.styles(*rows_of(tree, rows)), means, psi, rows_of(labels, rows)), n, seed
+            )
             return
         for number, rows in enumerate(_batches(n)):
             with self._quiet() as nets:
@@ -158,27 +162,26 @@ class Model:
 
     def render(self, styles: Tensor, seed: int = 0) -> Tensor:
         """Images of styles [N, layers, d]; `decode` is `render` of `styles`."""
-        return torch.cat(list(self._rendered(styles, seed)))
+        return torch.cat(list(self._rendered(lambda rows: styles[rows].to(self.device), len(styles), seed)))
 
-    def _rendered(self, styles: Tensor, seed: int) -> Iterator[Tensor]:
+    def _rendered(self, styles: Callable[[slice], Tensor], n: int, seed: int) -> Iterator[Tensor]:
         decoder: Any = self.decoder
-        for number, rows in enumerate(_batches(len(styles))):
+        for number, rows in enumerate(_batches(n)):
             with self._quiet():
-                images = decoder.render(styles[rows].to(self.device), self._noise(rows, number, seed))
+                images = decoder.render(styles(rows), self._noise(rows, number, seed))
             yield images
 
     def truncated(self, styles: Tensor, psi: float, labels: Tensor | None = None) -> Tensor:
         """Styles whose coarse layers are at the share psi of their way from the mean style (Karras et al. 2019, section 3.2),
         that of 4,096 samples of the prior, of each label where there are some, by the weights as they are."""
+        return latents.truncated(styles, self._mean_styles(labels), psi, labels)
+
+    def _mean_styles(self, labels: Tensor | None) -> dict[int | None, Tensor]:
+        """{label: mean styles [K, d] of the coarse layers, those that truncation is of}."""
         classes = [None] if labels is None else sorted(set(labels.tolist()))
-        moved = styles.clone()
-        layers = slice(0, self.decoder.truncated_layers)
-        for label in classes:
-            these = slice(None) if label is None else (labels == label).nonzero()[:, 0].to(styles.device)
-            of = None if label is None else torch.full((MEAN_OF,), label)
-            mean = self.sample_styles(MEAN_OF, 0, of).mean(dim=0)
-            moved[these, layers] = torch.lerp(mean[layers], styles[these, layers], psi)
-        return moved
+        of = {label: None if label is None else torch.full((MEAN_OF,), label) for label in classes}
+        coarse = self.decoder.truncated_layers
+        return {label: self.sample_styles(MEAN_OF, 0, of[label]).mean(dim=0)[:coarse] for label in classes}
 
     def sample(self, n: int, seed: int = 0, labels: Tensor | None = None, truncation: float = 1.0) -> Tensor:
         """n images of the prior; the same seed gives the same images. A conditional model shows its classes in turn unless

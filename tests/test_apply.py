@@ -110,7 +110,14 @@ def test_without_labels_samples_are_those_of_before(runs, made):
     assert torch.equal(done.arrays["labels"], torch.arange(12) % 10)
     with safe_open(done.report["files"][0], "pt") as file:
         about = json.loads(file.metadata()["about"])
-    assert about == {"model": "step_00000004, raw weights", "value_range": [0, 1], "seed": 5, "truncation": 1}
+    assert about == {
+        "model": "step_00000004, raw weights",
+        "value_range": [0, 1],
+        "noise": True,
+        "seed": 5,
+        "truncation": 1,
+        "notes": [],
+    }
 
 
 def test_each_class_in_a_row_of_the_same_noise(runs, made):

@@ -251,6 +251,7 @@ def damaged(state, name, value):
         (None, ["--set", "network.z_dim=8"], "network.z_dim: is 8, the weights have 6"),
         (None, ["--set", "network.published=false"], "--set network.published=true"),
         (None, ["--set", "data.size=32", "--set", "data.path=."], "the weights are for 3 × 16 × 16: set data.size"),
+        (None, ["--set", "data.size=32", "--set", "data.path=elsewhere"], "data.size: 32, the weights are for 16: set data.size"),
         (None, ["--set", "network.name=mlp"], "network.name"),
         (lambda state: {"model": {}}, [], "it has no 'models', but model"),
         (lambda state: {"models": {"a": {}}}, [], "its models are a"),

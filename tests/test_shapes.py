@@ -128,6 +128,17 @@ def test_bootstrap_target_is_a_shadow(catalogue, tmp_path):
     assert toys.same(saved, states[-1][0])
 
 
+def test_a_half_life_in_steps_is_of_the_stages_batches(catalogue, tmp_path):
+    shadow = {"of": ["decoder"], "half_life": "10 steps"}
+    stages = [{"length": "2 steps", "train": {"batch": batch}} for batch in (8, 8)]
+    t = toys.trainer(catalogue, tmp_path, toys.tree(shadow=shadow, stages=stages, train={"batch": 64}))
+    assert [follower.rule.half_life_images for follower in t.followers] == [80]
+    stages[1]["train"]["batch"] = 4
+    told = "shadow.half_life: in steps, and the stages have batches of 4 and 8: say it in images or epochs"
+    with pytest.raises(UserError, match=told):
+        toys.trainer(catalogue, tmp_path / "other", toys.tree(shadow=shadow, stages=stages, train={"batch": 64}))
+
+
 def test_average_follows_by_its_half_life(catalogue, tmp_path):
     recipe = toys.tree(shadow={"of": ["decoder"], "half_life": "64 images"})
     t = toys.trainer(catalogue, tmp_path, recipe)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from siv_core import Model, Spec, Stage, UserError
 from siv_core.data import feed
+from siv_core.model import BATCH, MEAN_OF
 from siv_core.nets import Priors, set_stage
 from siv_core.runs import opened
 from siv_core.seeding import Streams
@@ -420,6 +421,18 @@ def test_a_truncation_moves_coarse_styles_to_their_mean(layers):
     assert torch.equal(still[0], still[1]) == (layers == 0)  # all the same where no layer is left alone
 
 
+def test_truncated_samples_take_no_more_memory_than_others(monkeypatch):
+    """A batch's styles are made when its images are: of 5 batches the first is there before the second is begun."""
+    m = model(evolve(SMALL, truncated_layers=4))
+    whole, styles, rows = m.sample(5 * BATCH, seed=3, truncation=0.5), m.decoder.styles, []
+    monkeypatch.setattr(m.decoder, "styles", lambda z, labels=None: rows.append(len(z["z"])) or styles(z, labels))
+    pieces = m.samples(5 * BATCH, BATCH, 3, truncation=0.5)
+    first = next(pieces)
+    assert sum(rows) == MEAN_OF + BATCH
+    assert torch.equal(torch.cat([first, *pieces]), whole)
+    assert sum(rows) == MEAN_OF + 5 * BATCH
+
+
 def test_a_truncation_goes_to_the_mean_of_the_image_s_own_class():
     m = model(evolve(SMALL, truncated_layers=0), Spec((3, 8, 8), classes=3, conditional=True), noise=False)
     labels = torch.tensor([2, 0, 1, 2])
@@ -583,6 +596,7 @@ def test_pictures_of_ones_own_are_mixed(siv_in, run):
         (["--mix", "coarse", "--take", "right=a.png"], "--take right: expected top or left"),
         (["--take", "top=a.png"], "--take goes with --mix"),
         (["--mix", "coarse", "--truncation", "0.5"], "--mix draws a matrix of its own"),
+        (["--mix", "coarse", "--take", "top=a.png", "-n", "3"], "-n is of samples along the top, where --take has pictures"),
     ],
 )
 def test_what_cannot_be_mixed(siv_in, run, words, told):

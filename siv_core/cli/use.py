@@ -60,7 +60,13 @@ def evaluate(as_json: bool, **which: Any) -> None:
 
 @click.command()
 @MODEL
-@click.option("-n", "--number", "count", type=click.IntRange(1), help="How many; default: 64, with --labels each 8 a class.")
+@click.option(
+    "-n",
+    "--number",
+    "count",
+    type=click.IntRange(1),
+    help="How many; default: 64, with --labels each 8 a class, with --mix 8 along the top.",
+)
 @click.option(
     "--labels",
     metavar="0,1,…|each",
@@ -92,6 +98,8 @@ def sample(count: int | None, seed: int, out: Path | None, as_json: bool, **give
         raise click.UsageError("--take goes with --mix")
     if mix and (how["labels"] is not None or how["truncation"] != 1 or not how["arrays"]):
         raise click.UsageError("--mix draws a matrix of its own: leave out --labels, --truncation and --no-arrays")
+    if count is not None and any(side.startswith("top=") for side in take):
+        raise click.UsageError("-n is of samples along the top, where --take has pictures: leave one of them out")
     watcher = screen(as_json, at_once=True)
     from siv_core.runs import opened
     from siv_core.use import apply, mixing

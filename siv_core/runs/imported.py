@@ -57,6 +57,9 @@ def bring(
     dataset = build.dataset(recipe, catalogue)
     lacking = dataset.missing()
     spec = Spec(found.shape) if lacking else dataset.spec
+    said = getattr(recipe.data.config, "size", 0)  # of data that are not at hand all that is known
+    if lacking and said and said != found.shape[-1]:
+        raise UserError(f"data.size: {said}, the weights are for {found.shape[-1]}: set data.size, or take other data")
     if spec.shape != found.shape:
         own, size = (" × ".join(map(str, shape)) for shape in (spec.shape, found.shape))
         raise UserError(f"data: of {own}, the weights are for {size}: set data.size, or take other data")

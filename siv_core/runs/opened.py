@@ -89,9 +89,10 @@ def need_data(one: Opened, progress: Any) -> str:
         told = f"data '{name}' is not at hand: {lacking}"
         raise UserError(told + (f" (here by --set {places[0].partition('=')[0]}=…)" if places else ""))
     data.prepare(progress)
-    record.same_data(one.run_dir, one.built)
+    known = record.same_data(one.run_dir, one.built)
     at = f" at {places[0].partition('=')[2]}" if places else ""
-    return f"data '{name}'{at}, those of the run: fingerprint {data.fingerprint()}"
+    whose = "those of the run" if known else "compared with none, as the run knows none"
+    return f"data '{name}'{at}, {whose}: fingerprint {data.fingerprint()}"
 
 
 def data_to_draw(one: Opened) -> tuple[Dataset | None, str | None]:

@@ -63,8 +63,9 @@ def check_same(run_dir: RunDir, built: Built, saved: Checkpoint) -> None:
         raise UserError(problems)
 
 
-def same_data(run_dir: RunDir, built: Built) -> None:
-    """A `UserError` where the data at hand are not those that the run was trained on."""
+def same_data(run_dir: RunDir, built: Built) -> bool:
+    """Whether the data at hand are those that the run was trained on: False where it knows of none. A `UserError` where they are
+    others."""
     before, now = earlier(run_dir).get("data", {}).get("fingerprint"), built.dataset.fingerprint()
     if before not in (None, now, now.partition("+")[0]):  # earlier versions took the digest of the images alone
         places = {key: path for key, path in built.recipe.places_of().items() if key.startswith("data.") and path}
@@ -74,6 +75,7 @@ def same_data(run_dir: RunDir, built: Built) -> None:
             f"{run_dir.path}: trained on other data: fingerprint {before} then, {now} of '{built.recipe.data.name}' now{there};"
             f" bring the earlier data back{elsewhere}, or start a new run"
         )
+    return before is not None
 
 
 def same_recipe(run_dir: RunDir, saved: Checkpoint) -> None:

@@ -107,7 +107,11 @@ class Trainer:
         rules = [rule for plan in stages for rule in built.objective(plan).shadows]
         if built.recipe.shadow:
             shadow = built.recipe.shadow
-            half_life = shadow.half_life.images(train.batch, len(rows))
+            batches = {plan.batch for plan in stages}
+            if shadow.half_life.unit == "steps" and len(batches) > 1:
+                told = " and ".join(map(str, sorted(batches)))
+                raise UserError(f"shadow.half_life: in steps, and the stages have batches of {told}: say it in images or epochs")
+            half_life = shadow.half_life.images(stages[0].batch, len(rows))
             rule = partial(Shadow, "ema", half_life_images=half_life, warm_up=shadow.warm_up)
             averaged = [name for name in shadow.of if players[name].parameters]
             rules += [rule(of=name, average_buffers=shadow.buffers == "average") for name in averaged]

@@ -147,7 +147,7 @@ def reconstruct(
     arrays = {"x": x, "y": y} | ({} if of is None else {"labels": of})
     shown = partial(_collage, model, x, y) if collage else partial(evaluate.reconstructions, model, x, of)
     draw = shown if model.spec.kind == "image" else None
-    return outputs.write(folder, "reconstructions", model, arrays, draw, notes)
+    return outputs.write(folder, "reconstructions", model, arrays, draw, notes, {} if paths else {"seed": seed})
 
 
 def _collage(model: Model, x: Tensor, y: Tensor) -> Picture:
@@ -275,7 +275,9 @@ def translate(
             notes.append(f"{group}: {len(sides[-1].x)} held-out images of {about}")
     made = evaluate.translation(model, *sides)
     arrays = {"classes": made.classes, "contents": made.contents, "cells": made.cells.unflatten(0, (len(sides[0].x), -1))}
-    return outputs.write(folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes)
+    return outputs.write(
+        folder, "translation", model, arrays, lambda: made.picture(model.spec.value_range), notes, {"seed": seed}
+    )
 
 
 # -- latents of a whole set ------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ def write(
     written = []
     if arrays:
         written.append(tensors_at)
-        head = json.dumps({"model": model.name, "value_range": model.spec.value_range, **about})
+        own = {"model": model.name, "value_range": model.spec.value_range, "noise": model.noise}
+        head = json.dumps({**own, **about, "notes": notes})
         tensors = {key: value.detach().cpu().contiguous() for key, value in arrays.items()}
         files.write_bytes(tensors_at, save(tensors, {"about": head}))  # one key: the order of several is not fixed
     if beside is not None:
