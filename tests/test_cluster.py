@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -57,6 +58,39 @@ def test_a_folder_that_a_worker_does_not_see_is_told(tmp_path):
     with pytest.raises(UserError, match=rf"worker tcp://0: does not see {tmp_path}: the sweep's folder has to be on a disk"):
         cluster.check(elsewhere, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_command_was_given_in_has_to_be_there(tmp_path):
+    without = Workers(lambda own: False if own is True else own)
+    with pytest.raises(UserError) as raised:
+        cluster.check(without, tmp_path)
+    assert raised.value.problems == (
+        f"worker tcp://0: has no folder {os.getcwd()}, in which this command was given and its own would be",
+    )
+
+
+def test_a_profile_named_cpu_applies_where_no_worker_has_a_device():
+    assert cluster.on_cpus(Workers(lambda own: False, lambda own: OSError("no siv")))
+    assert not cluster.on_cpus(Workers(lambda own: False, lambda own: True))
+
+
+def test_a_command_waits_for_the_process_of_a_lost_worker(tmp_path):
+    log, stop, run = tmp_path / "log.txt", tmp_path / "log.stop", RunDir(tmp_path / "run")
+    run.path.mkdir()
+    arguments = (("--version",), str(tmp_path), {}, str(log), str(stop), (str(run.path),))
+    codes = []
+    with run.locked():
+        waiting = threading.Thread(target=lambda: codes.append(cluster.command(*arguments)))
+        waiting.start()
+        time.sleep(1.0)
+        assert waiting.is_alive()
+        assert not log.exists()
+    waiting.join(60)
+    assert codes == [0]
+    assert log.read_text().startswith("siv, version")
+    with run.locked():
+        stop.touch()
+        assert cluster.command(*arguments) == 128 + signal.SIGTERM
 
 
 def test_a_scheduler_that_is_not_there(monkeypatch):

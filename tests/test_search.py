@@ -56,7 +56,7 @@ def test_a_search_file(tmp_path):
     assert ranges["network.z_dim"] == Range(low=2, high=8, whole=True)
     assert ranges["train.precision"].choices == ("fp32", "bf16")
     made = read(tmp_path, FIND)
-    assert [trial.varied["network.z_dim"] for trial in made.trials] == [2, 8]  # the ends, which recipes have to take
+    assert [trial.varied["network.z_dim"] for trial in made.trials] == [2, 2, 8, 2]  # the ends, which recipes have to take
     assert proposals.ranges(made) == {"optim.lr": "1e-05 … 0.1, log", "network.z_dim": "2 … 8", "train.precision": "fp32 | bf16"}
 
 
@@ -174,6 +174,24 @@ def test_the_pruner_judges_what_is_measured_in_training(tmp_path):
     assert again.begun()[late].intermediate_values == {1: 0.1, 2: 0.1}
 
 
+def test_no_pruner_judges_before_so_many_trials_have_ended(tmp_path):
+    """Ever worse ones: halving by itself gives up the third."""
+    given_up = {}
+    for startup in (1, 4):
+        one = study(tmp_path / str(startup), trials=7, pruner="halving", startup=startup)
+        for number in range(7):
+            name = one.ask()
+            run = RunDir(one.root / name)
+            run.path.mkdir()
+            for step in range(1, 9):
+                run.append("metrics", {"by": "training", "metric": "m", "name": "x", "value": float(number), "step": step})
+            over = one.give_up(name)
+            given_up.setdefault(startup, []).append(over)
+            one.tell(name, "pruned" if over else "finished", float(number))
+    assert given_up[4] == [False] * 4 + [True] * 3
+    assert given_up[1] == [False] * 2 + [True] * 5
+
+
 def test_a_database_takes_the_place_of_the_journal(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     one, two = (study(tmp_path / name, trials=4, storage=url) for name in ("here", "there"))
@@ -241,8 +259,31 @@ class Board:
 # -- the command -----------------------------------------------------------------------------------------------------------------
 
 
+def test_a_search_whose_trials_fail_says_so(siv, tmp_path):
+    read(tmp_path, FIND.replace("trials = 3", "trials = 2"))
+    (tmp_path / "tiny.toml").write_text(RECIPE + '[init]\nrun = "nowhere"\n')
+    done = siv("sweep", "find.toml", "--device", "cpu", "--jobs", "2", seconds=200)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "of 2 trials 2 failed" in done.stderr
+
+
+def test_a_key_that_changes_nothing_is_told(tmp_path, catalogue):
+    stages = 'batch = 64\n[[stages]]\nlength = "6 steps"\noptim = { lr = 1e-3 }\n'
+    made = read(tmp_path, FIND)
+    (tmp_path / "tiny.toml").write_text(
+        RECIPE.replace('batch = 64\nlength = "6 steps"\n', "")
+        .replace("[train]\n", "[train]\n" + stages, 1)
+        .replace('tick = "3 steps"\n', "")
+    )
+    with pytest.raises(UserError) as raised:
+        sweep.resolve(made, catalogue, cpu_only=False)
+    assert [line.partition("are one and the same: ")[2] for line in raised.value.problems] == [
+        "optim.lr changes nothing, as where each of the stages has its own"
+    ]
+
+
 def test_a_search_runs_to_its_end_and_goes_on_with_more_trials(siv, tmp_path):
-    read(tmp_path, FIND)
+    made = read(tmp_path, FIND)
     done = siv("sweep", "find.toml", "--device", "cpu", "--jobs", "2", seconds=200)
     assert done.returncode == 0, done.stdout + done.stderr
     root = tmp_path / "runs/find"
@@ -274,5 +315,25 @@ def test_a_search_runs_to_its_end_and_goes_on_with_more_trials(siv, tmp_path):
     none = siv("sweep", "wild.toml", "--device", "cpu", seconds=100)
     assert none.returncode == 3, none.stdout
     assert "no trial is finished yet" in none.stdout
+    refused = siv("sweep", "wild.toml", "--root", "runs/find", "--device", "cpu")
+    assert (refused.returncode, "holds the trials of another sweep (trial-0000" in refused.stderr) == (2, True), refused.stderr
+    for change, told in (
+        (["train.seed=1"], "runs/find holds other runs, name another folder with --root: train.seed: the run has 0"),
+        (["train.length='9 steps'"], "what trial-0000 was worth is of other stages than the recipe has now; name another folder"),
+        (["metrics.latent_probes.k=3"], "what trial-0000 was worth is of other metrics.latent_probes than the recipe has now"),
+    ):
+        refused = siv("sweep", "find.toml", "--set", *change, "--device", "cpu")
+        assert (refused.returncode, told in refused.stderr) == (2, True), refused.stderr
+    with RunDir(root).locked():
+        refused = siv("sweep", "find.toml", "--device", "cpu")
+        assert refused.returncode == 2, refused.stdout
+    states = [trial.state.name for trial in search.open_study(made.search[0], root, "find").trials]
+    assert states == ["COMPLETE"] * 4
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "important.txt").write_text("mine")
+    refused = siv("sweep", "find.toml", "--root", "foreign", "--device", "cpu")
+    assert (refused.returncode, "holds files that are no siv sweep" in refused.stderr) == (2, True), refused.stderr
+    assert [path.name for path in foreign.iterdir()] == ["important.txt"]
     listed = siv("sweep", "find.toml", "--dry-run")
     assert "network.z_dim: 2 … 8" in listed.stdout

@@ -269,3 +269,23 @@ def test_stopped_ones_go_on_and_those_behind_go_first(tmp_path):
     assert a == pytest.approx(c, rel=1e-3)
     assert together.run([member(tmp_path, "d", ["objective.beta=1"])], "cpu", Silent()) == {"d": 2}
     assert "error: --set objective.beta=1: objective.beta: unknown key" in (tmp_path / "d.txt").read_text()
+
+
+class Measuring(Silent):
+    """Asks for an end when all are trained and the first pictures are there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def asked_to_stop(self):
+        return signal.SIGTERM if list(self.folder.glob("*/images/curves.png")) else 0
+
+
+def test_a_stop_is_heard_while_runs_are_measured(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    members = [member(tmp_path, "a"), member(tmp_path, "b", ["train.seed=3"])]
+    assert together.run(members, "cpu", Measuring(tmp_path)) == {"a": 143, "b": 143}
+    assert not RunDir(tmp_path / "a").read("metrics")
+    assert together.run(members, "cpu", Silent()) == {"a": 0, "b": 0}
+    assert [len(RunDir(tmp_path / name).read("stats")) for name in "ab"] == [4, 4]
+    assert RunDir(tmp_path / "a").read("metrics")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import forked
@@ -440,6 +441,22 @@ def write_run(run: RunDir, resolved, state="finished", values=(), weights="raw",
         result = {"skipped": value} if isinstance(value, str) else {"value": value}
         line = {"metric": "latent_probes", "name": "mn"[i], **result, "protocol": {"k": 5}, "by": "run"}
         run.append("metrics", {**line, "checkpoint": "step_00000012", "weights": weights, **more})
+
+
+@pytest.mark.parametrize("cpu_only", [False, True])
+def test_a_trial_is_read_as_here_wherever_it_runs(read, catalogue, tmp_path, cpu_only):
+    """A profile named cpu comes and goes with the device, which may be another where a trial is worked on."""
+    made = read(TABLE)
+    (tmp_path / "tiny.toml").write_text((tmp_path / "tiny.toml").read_text() + "[profiles.cpu.train]\nbatch = 24\n")
+    found = sweep.resolve(made, catalogue, cpu_only=cpu_only)
+    trial = made.trials[0]
+    command = sweep_jobs.command(trial, found[trial.name], tmp_path / "run", "cpu")
+    assert command[2:4] == ("--profile", "cpu" if cpu_only else "none")
+    profiles = tuple(value for option, value in pairwise(command) if option == "--profile")
+    for there in (False, True):
+        again = recipe.load(trial.recipe, catalogue, profiles, trial.sets, cpu_only=there)
+        assert again.resolved() == found[trial.name].resolved()
+        assert again.train.batch == (24 if cpu_only else found[trial.name].train.batch)
 
 
 @pytest.fixture

@@ -68,6 +68,14 @@ def test_all_combinations_are_tried_and_compiled_phases_on_the_best(catalogue, m
     assert {one["numbers"] for one in found["rows"] if "precision" in one["change"]} == {"others"}
 
 
+def test_what_is_asked_for_is_tried_or_left_out_with_the_reason(catalogue, made_up):
+    """A recipe that keeps graphs has no row without them to compile."""
+    asked, _ = made_up
+    found = tuned(catalogue, CNN.replace("batch = 64", "batch = 64\nkeep_graphs = true"), ["compile"])
+    assert asked == [{}, {"keep_graphs": False, "compile": True}]
+    assert found["lines"] == asked[1]
+
+
 def test_what_auto_stands_for_is_not_tried_again(catalogue, made_up):
     asked, _ = made_up
     tuned(catalogue, STAGED.replace("batch = 64", 'batch = 64\nprecision = "auto"'), ["precision"])
@@ -123,6 +131,8 @@ def test_what_cannot_be_is_left_out_with_the_reason(catalogue, monkeypatch):
     assert "takes statistics of the whole batch" in out["reason"]
     monkeypatch.setattr(tune.compiled, "lacking", lambda device: ["no compiler"])
     assert [one["reason"] for one in tuned(catalogue, STAGED, ["compile"])["left_out"]] == ["no compiler"]
+    [out] = tuned(catalogue, STAGED, ["graphs"])["left_out"]
+    assert "CUDA graphs need a CUDA device" in out["reason"]
     monkeypatch.setattr(build, "build", None)
     with pytest.raises(TypeError):  # a bug is not left out
         tuned(catalogue, STAGED, ["micro_batch"])

@@ -76,7 +76,6 @@ def sweep(
     """Run every trial of SWEEP that is not finished, then show the table; the same command goes on where it was stopped."""
     watcher = screen(as_json)
     from siv_core.recipe import catalogue as catalogues
-    from siv_core.runs import device as devices
     from siv_core.sweep import sweep as sweeps
     from siv_core.sweep import table as sweep_table
 
@@ -91,12 +90,12 @@ def sweep(
         return
     chosen = sweeps.chosen(plan, only)
     catalogue = catalogues.load()
-    recipes = sweeps.resolve(plan, catalogue, cpu_only=not devices.nvidia_present())
+    recipes = sweeps.resolve(plan, catalogue, cpu_only=on_cpus(how))
     for line in sweep_table.check_folder(plan, recipes, root):
         watcher.say(line)
     if dry_run:
         listed = [one for one in sweep_table.outcomes(plan, recipes, root) if one.trial.name in chosen]
-        show_trials(plan, listed, watcher, device, as_json)
+        show_trials(recipes, plan, listed, watcher, device, as_json)
         return
     ended: dict[str, str] = {}
     if not only_table:
@@ -152,6 +151,20 @@ def run_trials(
     return crew.ended
 
 
+def on_cpus(how: How) -> bool:
+    """Whether trials are read with a profile named cpu, which applies by itself where they run without an NVIDIA device."""
+    from siv_core.runs import device as devices
+    from siv_core.sweep import cluster
+
+    if not how.on:
+        return not devices.nvidia_present()
+    client = cluster.connect(how.on)
+    try:
+        return cluster.on_cpus(client)
+    finally:
+        client.close()
+
+
 def crew_of(how: How, root: Path, watcher: Screen) -> Crew:
     """Who runs the trials: child processes here, or the workers of a cluster that have the same versions and see the folder."""
     from siv_core.runs import device as devices
@@ -173,29 +186,38 @@ def crew_of(how: How, root: Path, watcher: Screen) -> Crew:
 def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table: bool, dry_run: bool, as_json: bool) -> None:
     """The trials of a `[search]`, then its table, its pictures and the best of them."""
     from siv_core.recipe import catalogue as catalogues
-    from siv_core.runs import device as devices
     from siv_core.store import files
     from siv_core.sweep import proposals
     from siv_core.sweep import sweep as sweeps
+    from siv_core.sweep import table as sweep_table
 
     catalogue, watcher.line_seconds = catalogues.load(), LINE_SECONDS
-    cpu_only = not devices.nvidia_present()
+    cpu_only = on_cpus(how)
     recipes = sweeps.resolve(plan, catalogue, cpu_only=cpu_only)
     proposals.check(plan, recipes)
     if dry_run:
         lines = [f"{key}: {shown}" for key, shown in proposals.ranges(plan).items()]
         print_json({"sweep": plan.name, "ranges": proposals.ranges(plan)}) if as_json else [*map(watcher.say, lines)]
         return
+    sweep_table.check_owner(root)
     files.make_folder(root)
-    files.write_bytes(root / "sweep.toml", plan.source)
+    if not (root / "sweep.toml").exists():
+        files.write_bytes(root / "sweep.toml", plan.source)
     source = proposals.Proposals.of(plan, recipes, catalogue, root, how.device, watcher, cpu_only=cpu_only)
+    for line in source.check():
+        watcher.say(line)
+    ended: dict[str, str] = {}
     if not only_table:
-        try:
-            if not source.work(crew_of(how, root, watcher), how.until):
-                watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
-        except Stopped as stop:
-            watcher.say(f"{stop}; the same command goes on")
-            raise
+        with source.alone():
+            files.write_bytes(root / "sweep.toml", plan.source)
+            crew = crew_of(how, root, watcher)
+            try:
+                if not source.work(crew, how.until):
+                    watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
+            except Stopped as stop:
+                watcher.say(f"{stop}; the same command goes on")
+                raise
+        ended = crew.ended
     plan, outcomes = source.outcomes()
     result = report(plan, outcomes, root, watcher)
     for path, reason in source.pictures():
@@ -204,8 +226,8 @@ def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table
     watcher.say(f"best: {best}" if best else "no trial is finished yet")
     if as_json:
         print_json({**result, "best": best})
-    if not best:
-        fail([one.state for one in outcomes])
+    states = ended if best else {one.trial.name: one.state for one in outcomes} | ended
+    fail(["" if best and state == "diverged" else state for state in states.values()])  # a search may try what diverges
 
 
 def report(plan: Sweep, outcomes: list[Outcome], root: Path, watcher: Screen) -> dict[str, Any]:
@@ -231,7 +253,9 @@ def report(plan: Sweep, outcomes: list[Outcome], root: Path, watcher: Screen) ->
     return result
 
 
-def show_trials(plan: Sweep, outcomes: list[Outcome], watcher: Screen, device: str, as_json: bool) -> None:
+def show_trials(
+    recipes: dict[str, Recipe], plan: Sweep, outcomes: list[Outcome], watcher: Screen, device: str, as_json: bool
+) -> None:
     """What would be run, each as the command that it is."""
     from siv_core.sweep import jobs as sweep_jobs
 
@@ -240,7 +264,7 @@ def show_trials(plan: Sweep, outcomes: list[Outcome], watcher: Screen, device: s
             "trial": one.trial.name,
             "state": one.state,
             "run": str(one.run.path),
-            "command": shlex.join(["siv", *sweep_jobs.command(one.trial, one.run.path, device)]),
+            "command": shlex.join(["siv", *sweep_jobs.command(one.trial, recipes[one.trial.name], one.run.path, device)]),
         }
         for one in outcomes
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import define, frozen
 
-from siv_core.errors import SivError, UserError
+from siv_core.errors import SivError, Stopped, UserError
 from siv_core.recipe import catalogue as catalogues
 from siv_core.recipe import recipe as recipes
 from siv_core.runs import session
@@ -44,6 +44,11 @@ class Logged(Lines):
     def say(self, line: str) -> None:
         with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if number := self.asked_to_stop():
+            raise Stopped(number)
+        super().progress(what, done, total)
 
     def asked_to_stop(self) -> int:
         return self.whole.asked_to_stop()

@@ -176,9 +176,10 @@ def _without_kept(
     device: torch.device,
     tried: Sequence[str],
 ) -> Iterator[Change]:
-    """Compiled and recorded phases on top of the best row without kept graphs, for the same and for other numbers."""
+    """Compiled and recorded phases on top of the best row without kept graphs, for the same and for other numbers; where the
+    recipe keeps graphs and no row is without, on its own settings but for that."""
     possible = [key for key in WITHOUT_KEPT if key in tried and not getattr(recipe.train, key)]
-    if device.type != "cuda" and "graphs" in possible:
+    if device.type != "cuda" and "graphs" in possible and set(tried) >= set(TRIED):  # where it was asked for, why not is told
         possible.remove("graphs")
     for same in (True, False) if possible else ():
         fitting = [
@@ -189,8 +190,8 @@ def _without_kept(
             and "micro_batch" not in row.change
             and not row.change.get("keep_graphs", recipe.train.keep_graphs)
         ]
-        if fitting:
-            best = min(fitting, key=lambda row: row.seconds(per_step, kinds)).change
+        if fitting or same:
+            best = min(fitting, key=lambda row: row.seconds(per_step, kinds)).change if fitting else {"keep_graphs": False}
             for number in range(1, len(possible) + 1):
                 for keys in combinations(possible, number):
                     yield {**best, **dict.fromkeys(keys, True)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,9 @@ from typing import Any
 from attrs import define
 
 from siv_core.errors import UserError
+from siv_core.runs.device import nvidia_present
 from siv_core.store import files
+from siv_core.store.rundir import RunDir, busy
 from siv_core.sweep.jobs import Bundle
 
 Client = Any  # of distributed, which has no types
@@ -75,10 +78,20 @@ def check(client: Client, root: Path) -> None:
         for worker, seen in client.run(_read, str(path)).items():
             if seen != token:
                 problems.append(f"worker {worker}: does not see {root}: the sweep's folder has to be on a disk that all share")
+        for worker, there in client.run(os.path.isdir, os.getcwd()).items():
+            if there is not True:
+                problems.append(
+                    f"worker {worker}: has no folder {os.getcwd()}, in which this command was given and its own would be"
+                )
     finally:
         path.unlink(missing_ok=True)
     if problems:
         raise UserError(problems)
+
+
+def on_cpus(client: Client) -> bool:
+    """Whether no worker has an NVIDIA device, so that a profile named cpu applies by itself."""
+    return not any(there is True for there in client.run(nvidia_present, on_error="return").values())
 
 
 def _read(path: str) -> str:
@@ -136,13 +149,22 @@ class Cluster:
     def start(self, bundle: Bundle, environment: Mapping[str, str]) -> Remote:
         stop = bundle.log.absolute().with_suffix(".stop")
         stop.unlink(missing_ok=True)
-        folder, log = os.getcwd(), str(bundle.log.absolute())
-        future = self.client.submit(command, bundle.command, folder, dict(environment), log, str(stop), pure=False, retries=3)
+        folder, log, runs = os.getcwd(), str(bundle.log.absolute()), tuple(str(job.run.path.absolute()) for job in bundle.jobs)
+        future = self.client.submit(
+            command, bundle.command, folder, dict(environment), log, str(stop), runs, pure=False, retries=3
+        )
         return Remote(future, Path(log), stop)
 
 
-def command(arguments: tuple[str, ...], folder: str, environment: dict[str, str], log: str, stop: str) -> int:
-    """Run on a worker: `siv` with these arguments to its end, which the file `stop` asks for; its exit code."""
+def command(
+    arguments: tuple[str, ...], folder: str, environment: dict[str, str], log: str, stop: str, runs: tuple[str, ...] = ()
+) -> int:
+    """Run on a worker: `siv` with these arguments to its end, which the file `stop` asks for; its exit code. The process of a
+    worker that was lost may still be at its last step: these `runs` are waited for."""
+    while any(busy(RunDir(Path(run))) for run in runs):
+        if os.path.exists(stop):
+            return 128 + signal.SIGTERM
+        time.sleep(POLL_SECONDS)
     line = [sys.executable, "-P", "-m", "siv_core.cli.kept", str(os.getpid()), *arguments]
     with open(log, "ab") as file:
         process = subprocess.Popen(

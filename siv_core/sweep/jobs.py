@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from siv_core.errors import UserError
 from siv_core.recipe import build
@@ -130,8 +131,9 @@ def launched(bundle: Bundle, environment: Mapping[str, str]) -> Process:
 
 @frozen
 class Made:
-    """What is known of a trial once it was built: its steps, and what may be trained as one with it."""
+    """What is known of a trial once it was built: its recipe, its steps, and what may be trained as one with it."""
 
+    recipe: Recipe
     steps: int
     unfit: tuple[str, ...]
     alike: dict[str, Any]
@@ -170,20 +172,27 @@ def prepare(sweep: Sweep, recipes: Mapping[str, Recipe], catalogue: Catalogue, b
         found = known[key]
         if isinstance(found, UserError):
             raise found
-        return found
+        return evolve(found, recipe=recipes[name])
 
     return for_each(sweep, {name: name for name in recipes}, built)
 
 
 def _made(built: Built) -> Made:
-    return Made(record.schedule_of(built).total, tuple(stacked.unfit(built)), stacked.alike(built))
+    return Made(built.recipe, record.schedule_of(built).total, tuple(stacked.unfit(built)), stacked.alike(built))
 
 
-def command(trial: Trial, run: Path, device: str) -> tuple[str, ...]:
+def command(trial: Trial, read: Recipe, run: Path, device: str) -> tuple[str, ...]:
     """`siv run` for this trial, as it is started and as a person may start it."""
-    profiles = [part for name in trial.profiles for part in ("--profile", name)]
+    profiles = [part for name in profiles_of(read) for part in ("--profile", name)]
     sets = [part for text in trial.sets for part in ("--set", text)]
     return ("run", place(trial, run), *profiles, *sets, "--run-dir", str(run), "--device", device)
+
+
+def profiles_of(read: Recipe) -> tuple[str, ...]:
+    """What says that a recipe is to be read with the profiles that it has here: one named cpu would come or go by itself where
+    another machine works on the trial."""
+    offered = tomllib.loads(read.source.decode("utf-8")).get("profiles", {})
+    return (("none",) if "cpu" in offered and "cpu" not in read.profiles else ()) + read.profiles
 
 
 def place(trial: Trial, run: Path) -> str:
@@ -342,7 +351,7 @@ def jobs_of(sweep: Sweep, names: Sequence[str], made: Mapping[str, Made], root: 
     return [
         Job(
             trial.name,
-            command(trial, root / trial.name, device),
+            command(trial, made[trial.name].recipe, root / trial.name, device),
             RunDir(root / trial.name),
             root / "logs" / f"{trial.name}.txt",
             made[trial.name].steps,
@@ -371,9 +380,9 @@ def bundled(
                 continue
             plan = root / "logs" / f"stack-{len(bundles)}.json"
             members = [
-                together.Member(job.name, place(trial, job.run.path), trial.profiles, trial.sets, str(job.run.path), str(job.log))
+                together.Member(job.name, place(trial, job.run.path), profiles, trial.sets, str(job.run.path), str(job.log))
                 for job in part
-                for trial in [trials[job.name]]
+                for trial, profiles in [(trials[job.name], profiles_of(made[job.name].recipe))]
             ]
             together.write(plan, members, device)
             bundles.append(Bundle(part, plan))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from attrs import define, evolve
 
@@ -74,6 +76,27 @@ class Proposals:
         found = search.Search(*sweep.search, root, sweep.name)
         return cls(sweep, found, catalogue, root, device, board, max(one.steps for one in made.values()), cpu_only)
 
+    def check(self) -> list[str]:
+        """A `UserError` where the folder holds runs of another study, or the study's values are of other recipes; else what a
+        person should know."""
+        sweep, recipes = self._begun()
+        told = table.check_folder(sweep, recipes, self.root)
+        asked = self.search.options.metric.partition(".")[0]
+        for name, one in self.search.begun().items():
+            run, now = RunDir(self.root / name), recipes[name].resolved()
+            if one.state.name == "COMPLETE" and (run.path / "resolved.json").exists():
+                before = run.resolved()
+                differing = ["stages"] * (before["stages"] != now["stages"])
+                differing += [f"metrics.{asked}"] * (before["metrics"].get(asked) != now["metrics"].get(asked))
+                if differing:
+                    reason = f"what {name} was worth is of other {' and '.join(differing)} than the recipe has now"
+                    raise UserError(f"{self.root}: {reason}; name another folder with --root")
+        return told
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """No other command on the study, unless it lives in a database, of which several may ask."""
+        return nullcontext() if self.search.options.storage else RunDir(self.root).locked()
+
     def work(self, crew: jobs.Crew, until: float | None) -> bool:
         """Runs that were begun before go on first; see `jobs.Crew.work`."""
         for name in self.search.mine():  # whoever ran them did not come to tell
@@ -111,11 +134,15 @@ class Proposals:
 
     def outcomes(self) -> tuple[Sweep, list[table.Outcome]]:
         """The sweep with all its trials so far, and what they came to."""
-        begun = self.search.begun()
-        sweep = evolve(self.sweep, trials=tuple(map(self._trial, begun)))
-        found = table.outcomes(sweep, resolve(sweep, self.catalogue, cpu_only=self.cpu_only), self.root)
-        pruned = {name for name, one in begun.items() if one.state.name == "PRUNED"}
+        sweep, recipes = self._begun()
+        found = table.outcomes(sweep, recipes, self.root)
+        pruned = {name for name, one in self.search.begun().items() if one.state.name == "PRUNED"}
         return sweep, [evolve(one, state="pruned") if one.trial.name in pruned else one for one in found]
+
+    def _begun(self) -> tuple[Sweep, dict[str, Recipe]]:
+        """The sweep with all its trials so far, and their recipes."""
+        sweep = evolve(self.sweep, trials=tuple(map(self._trial, self.search.begun())))
+        return sweep, resolve(sweep, self.catalogue, cpu_only=self.cpu_only) if sweep.trials else {}
 
     def best(self) -> str:
         """The best trial so far in a line, or nothing."""
@@ -139,7 +166,8 @@ class Proposals:
         trial = self._trial(name)
         log = self.root / "logs" / f"{name}.txt"
         log.parent.mkdir(exist_ok=True)
-        command = jobs.command(trial, self.root / name, self.device)
+        [read] = resolve(evolve(self.sweep, trials=(trial,)), self.catalogue, cpu_only=self.cpu_only).values()
+        command = jobs.command(trial, read, self.root / name, self.device)
         return jobs.Bundle((jobs.Job(name, command, RunDir(self.root / name), log, self.trial_steps),))
 
     def _outcome(self, name: str) -> table.Outcome:

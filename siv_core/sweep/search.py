@@ -36,7 +36,7 @@ class SearchOptions:
     direction: str = option(doc="which of its values are better", choices=("minimize", "maximize"))
     trials: int = option(doc="how many in all, those that are pruned too", ge=1)
     sampler: str = option("tpe", doc="how values are proposed", choices=("tpe", "random"))
-    startup: int = option(10, doc="trials before the sampler and the pruner judge", ge=1)
+    startup: int = option(10, doc="trials that have ended before the sampler and the pruner judge", ge=1)
     pruner: str = option("none", doc="which trials are given up, by `metrics.NAME.every`", choices=("none", "median", "halving"))
     seed: int = option(0, doc="of the sampler", ge=0)
     storage: str = option("", doc="URL of a database that several machines share; empty: a journal in the sweep's folder")
@@ -89,9 +89,11 @@ def read(table: Any, problems: list[str]) -> tuple[SearchOptions, dict[str, Rang
 
 
 def at_the_ends(ranges: Mapping[str, Range]) -> list[dict[str, Any]]:
-    """Values at the ends of all ranges, and each of the choices, in as few trials as hold them."""
+    """Values at the ends of all ranges, and each of the choices: the first of all, and then one key after the other with another,
+    so that a key that changes nothing is found."""
     ends = {key: one.ends() for key, one in ranges.items()}
-    return [{key: own[min(i, len(own) - 1)] for key, own in ends.items()} for i in range(max(map(len, ends.values())))]
+    first = {key: own[0] for key, own in ends.items()}
+    return [first, *({**first, key: value} for key, own in ends.items() for value in own[1:])]
 
 
 def _ranges(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -189,7 +191,8 @@ class Search:
         own = optuna.trial.Trial(self.study, trial._trial_id)
         for step in sorted(new):
             own.report(values[step], step)
-        return bool(new) and own.should_prune()
+        poor = bool(new) and own.should_prune()  # asked in any case: halving notes which rungs a trial has reached
+        return poor and sum(one.state.name == "COMPLETE" for one in self.begun().values()) >= self.options.startup
 
     def tell(self, name: str, state: str, value: float | None) -> None:
         """How a run ended: finished with this value, pruned, diverged or failed. A run that was stopped goes on another time."""

@@ -6,6 +6,7 @@ Trials are the product of `[[trials]]` (override tables with a label), `[grid]` 
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -253,6 +254,14 @@ def resolve(sweep: Sweep, catalogue: Catalogue, *, cpu_only: bool) -> dict[str, 
         for place, name in asked
         if name.partition(".")[0] not in measured
     ]
+    same: dict[str, Trial] = {}
+    for trial in sweep.trials:
+        read_as = found[trial.name]
+        other = same.setdefault(json.dumps([read_as.resolved(), read_as.places_of()], sort_keys=True, default=str), trial)
+        if other is not trial:
+            keys = ", ".join(key for key, value in trial.varied.items() if other.varied.get(key) != value) or "what they say"
+            told = f"trials '{other.title()}' and '{trial.title()}' are one and the same: {keys} changes nothing"
+            problems.append(f"{sweep.path}: {told}, as where each of the stages has its own")
     if problems:
         raise UserError(problems)
     return found

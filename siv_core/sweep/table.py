@@ -79,15 +79,19 @@ def wall_seconds(lines: Sequence[dict[str, Any]]) -> float:
     return round(sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after <= now), 3)
 
 
+def check_owner(root: Path) -> None:
+    """A `UserError` where the folder is there and no sweep's."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: is no folder")
+    known = not root.exists() or (root / "sweep.toml").exists()
+    if not known and any(entry.name not in ("lock", "logs") for entry in root.iterdir()):
+        raise UserError(f"{root}: holds files that are no siv sweep; name an empty or a new folder with --root")
+
+
 def check_folder(sweep: Sweep, recipes: Mapping[str, Recipe], root: Path) -> list[str]:
     """A `UserError` where the folder holds something else; else what a person should know of it."""
-    if not root.exists():
-        return []
-    if not root.is_dir():
-        raise UserError(f"{root}: is no folder")
+    check_owner(root)
     there = {path.parent.name for path in root.glob("*/resolved.json")}
-    if not (root / "sweep.toml").exists() and any(entry.name not in ("lock", "logs") for entry in root.iterdir()):
-        raise UserError(f"{root}: holds files that are no siv sweep; name an empty or a new folder with --root")
     own = {trial.name for trial in sweep.trials}
     strangers = sorted(there - own)
     some = ", ".join(strangers[:3]) + (" …" if len(strangers) > 3 else "")
@@ -97,7 +101,9 @@ def check_folder(sweep: Sweep, recipes: Mapping[str, Recipe], root: Path) -> lis
     def same(name: str) -> None:
         lines = differences(RunDir.existing(root / name).resolved(), recipes[name].resolved())
         if lines:
-            raise UserError(f"{root} holds other runs, name another folder with --root: {line}" for line in lines)
+            read = recipes[name]
+            hint = " (no device here is NVIDIA's, so that profile cpu applies by itself)" if read.automatic_profile else ""
+            raise UserError(f"{root} holds other runs, name another folder with --root: {line}{hint}" for line in lines)
 
     for_each(sweep, {name: name for name in sorted(there & own)}, same)
     return [f"{len(strangers)} runs in {root} are of no trial of {sweep.path}: {some}"] if strangers else []
