@@ -192,7 +192,7 @@ def test_a_killed_worker_s_trial_goes_on_elsewhere(tmp_path, siv, monkeypatch):
         assert lines[0] == lines[1]
 
 
-def short(arguments, folder, environment, log, stop):
+def short(arguments, folder, environment, log, stop, runs):
     """In place of a command on a worker: a run that is finished as soon as it is begun."""
     run = os.path.join(folder, arguments[arguments.index("--run-dir") + 1])
     shutil.copytree(os.path.join(folder, "one"), run)
