@@ -253,19 +253,18 @@ class Density2D:
 
     def divergences(self, law: Any, sources: Sources, progress: Progress) -> tuple[Values, list[Floats]]:
         """KL, JSD and mode coverage of many samples, and the same of the data against the data; and the counts of both."""
-        n, drawn = self.config.clean_samples, []
+        drawn = []
         for i, source in enumerate((sources.real, sources.real, sources.fake)):
             progress(f"{WHAT}: clean histograms", i, 3)
-            drawn.append(source(n, "clean", i))
+            drawn.append(source(self.config.clean_samples, "clean", i))
         binned = [counts(points, self.half_range, self.config.clean_bins) for points in drawn]
         values: Values = {}
         for suffix, other in ((".floor", binned[1]), ("", binned[2])):
             values[f"clean.kl{suffix}"] = clean_kl(binned[0], other)
             values[f"clean.jsd{suffix}"] = clean_jsd(binned[0], other)
             values[f"clean.outside{suffix}"] = float(other[-1] / other.sum())
-        shown = [binned[0], binned[2]]
         if law is None:
-            return {**values, "clean.modes": "the data set does not tell its modes and its support"}, shown
+            return {**values, "clean.modes": "the data set does not tell its modes and its support"}, [binned[0], binned[2]]
         due = piece_counts(law, drawn[0][:PIECE_SAMPLES])[0]
         for suffix, points in ((".floor", drawn[1]), ("", drawn[2])):
             found, off = piece_counts(law, points[:PIECE_SAMPLES])
@@ -273,7 +272,7 @@ class Density2D:
             shares = found / max(found.sum(), 1)
             values[f"clean.mode_kl{suffix}"] = kl_nats(shares, due / due.sum()) if shares.any() else "no sample is on the support"
             values[f"clean.off_support{suffix}"] = off
-        return values, shown
+        return values, [binned[0], binned[2]]
 
     def protocol(self, beta: float | None, held_out: int, law: Any) -> dict[str, Any]:
         config = self.config
