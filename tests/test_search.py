@@ -56,7 +56,7 @@ def test_a_search_file(tmp_path):
     assert ranges["network.z_dim"] == Range(low=2, high=8, whole=True)
     assert ranges["train.precision"].choices == ("fp32", "bf16")
     made = read(tmp_path, FIND)
-    assert [trial.varied["network.z_dim"] for trial in made.trials] == [2, 2, 8, 2]  # the ends, which recipes have to take
+    assert [trial.varied["network.z_dim"] for trial in made.trials] == [2, 2, 8, 2, 8]  # the ends, which recipes have to take
     assert proposals.ranges(made) == {"optim.lr": "1e-05 … 0.1, log", "network.z_dim": "2 … 8", "train.precision": "fp32 | bf16"}
 
 
@@ -267,6 +267,16 @@ def test_a_search_whose_trials_fail_says_so(siv, tmp_path):
     assert "of 2 trials 2 failed" in done.stderr
 
 
+def test_a_search_may_propose_values_twice(siv, tmp_path):
+    """Three trials of two choices."""
+    text = FIND.partition("[search.ranges]")[0] + '[search.ranges]\n"optim.lr" = { choices = [1e-3, 1e-2] }\n'
+    read(tmp_path, text)
+    done = siv("sweep", "find.toml", "--device", "cpu", "--jobs", "2", seconds=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [RunDir(tmp_path / f"runs/find/trial-{i:04d}").state() for i in range(3)] == ["finished"] * 3
+    assert (tmp_path / "runs/find/table.md").exists()
+
+
 def test_a_key_that_changes_nothing_is_told(tmp_path, catalogue):
     stages = 'batch = 64\n[[stages]]\nlength = "6 steps"\noptim = { lr = 1e-3 }\n'
     made = read(tmp_path, FIND)
@@ -276,7 +286,7 @@ def test_a_key_that_changes_nothing_is_told(tmp_path, catalogue):
         .replace('tick = "3 steps"\n', "")
     )
     with pytest.raises(UserError) as raised:
-        sweep.resolve(made, catalogue, cpu_only=False)
+        proposals.check(made, sweep.resolve(made, catalogue, cpu_only=False))
     assert [line.partition("are one and the same: ")[2] for line in raised.value.problems] == [
         "optim.lr changes nothing, as where each of the stages has its own"
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def sweep(
     chosen = sweeps.chosen(plan, only)
     catalogue = catalogues.load()
     recipes = sweeps.resolve(plan, catalogue, cpu_only=on_cpus(how))
+    sweeps.check_distinct(plan, recipes)
     for line in sweep_table.check_folder(plan, recipes, root):
         watcher.say(line)
     if dry_run:
@@ -142,13 +144,18 @@ def run_trials(
         bundles = [sweep_jobs.Bundle((job,)) for job in jobs]
         if how.stack:
             bundles = sweep_jobs.bundled(plan, jobs, made, root, how.device, how.stack, watcher)
-        try:
-            if not crew.work(bundles, how.until):
-                watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
-        except Stopped as stop:
-            watcher.say(f"{stop}; the same command goes on")
-            raise
+        to_the_end(lambda: crew.work(bundles, how.until), how, watcher)
     return crew.ended
+
+
+def to_the_end(work: Callable[[], bool], how: How, watcher: Screen) -> None:
+    """All of it, or to a signal or the time that was asked for; it is said how to go on."""
+    try:
+        if not work():
+            watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
+    except Stopped as stop:
+        watcher.say(f"{stop}; the same command goes on")
+        raise
 
 
 def on_cpus(how: How) -> bool:
@@ -211,12 +218,7 @@ def search_trials(plan: Sweep, root: Path, watcher: Screen, how: How, only_table
         with source.alone():
             files.write_bytes(root / "sweep.toml", plan.source)
             crew = crew_of(how, root, watcher)
-            try:
-                if not source.work(crew, how.until):
-                    watcher.say(f"stopped after {how.max_time:.0f} s as asked; the same command goes on")
-            except Stopped as stop:
-                watcher.say(f"{stop}; the same command goes on")
-                raise
+            to_the_end(lambda: source.work(crew, how.until), how, watcher)
         ended = crew.ended
     plan, outcomes = source.outcomes()
     result = report(plan, outcomes, root, watcher)

@@ -16,13 +16,14 @@ from siv_core.recipe.recipe import Recipe
 from siv_core.store.rundir import RunDir
 from siv_core.sweep import jobs, search, table
 from siv_core.sweep.names import shown, toml
-from siv_core.sweep.sweep import Sweep, resolve
+from siv_core.sweep.sweep import Sweep, check_distinct, resolve
 from siv_core.sweep.trials import Trial
 
 
 def check(sweep: Sweep, recipes: dict[str, Recipe]) -> None:
     """A `UserError` where the recipe does not measure what is searched for, or when the pruner asks for it."""
     assert sweep.search
+    check_distinct(sweep, recipes)
     options, problems = sweep.search[0], []
     name = options.metric.partition(".")[0]
     metrics = next(iter(recipes.values())).metrics

@@ -89,11 +89,12 @@ def read(table: Any, problems: list[str]) -> tuple[SearchOptions, dict[str, Rang
 
 
 def at_the_ends(ranges: Mapping[str, Range]) -> list[dict[str, Any]]:
-    """Values at the ends of all ranges, and each of the choices: the first of all, and then one key after the other with another,
-    so that a key that changes nothing is found."""
+    """Values at the ends of all ranges, and each of the choices: the first of all, one key after the other with another, so that
+    one that changes nothing is found, and the last of all, the largest networks."""
     ends = {key: one.ends() for key, one in ranges.items()}
-    first = {key: own[0] for key, own in ends.items()}
-    return [first, *({**first, key: value} for key, own in ends.items() for value in own[1:])]
+    first, last = ({key: own[i] for key, own in ends.items()} for i in (0, -1))
+    apart = [first, *({**first, key: value} for key, own in ends.items() for value in own[1:])]
+    return apart if last in apart else [*apart, last]
 
 
 def _ranges(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -254,7 +254,14 @@ def resolve(sweep: Sweep, catalogue: Catalogue, *, cpu_only: bool) -> dict[str, 
         for place, name in asked
         if name.partition(".")[0] not in measured
     ]
-    same: dict[str, Trial] = {}
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def check_distinct(sweep: Sweep, found: Mapping[str, Recipe]) -> None:
+    """A `UserError` where trials that are to differ come to the same recipe; a search may well propose values twice."""
+    problems, same = list[str](), dict[str, Trial]()
     for trial in sweep.trials:
         read_as = found[trial.name]
         other = same.setdefault(json.dumps([read_as.resolved(), read_as.places_of()], sort_keys=True, default=str), trial)
@@ -264,7 +271,6 @@ def resolve(sweep: Sweep, catalogue: Catalogue, *, cpu_only: bool) -> dict[str, 
             problems.append(f"{sweep.path}: {told}, as where each of the stages has its own")
     if problems:
         raise UserError(problems)
-    return found
 
 
 def for_each(sweep: Sweep, items: Mapping[str, Any], work: Callable[[Any], Any]) -> dict[str, Any]:
