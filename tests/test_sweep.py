@@ -23,6 +23,7 @@ from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from toys import SMALL
 
 from siv_core.errors import UserError
 from siv_core.recipe import recipe
@@ -34,6 +35,7 @@ from siv_core.sweep import sweep
 from siv_core.sweep import table as sweep_table
 from siv_core.sweep.table import Outcome
 
+STAGED = '[objective]\nname = "vae"\n[[stages]]\nlength = "2 steps"\noptim = { lr = 1e-3 }\n'
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "recipes/sweeps").glob("*.toml"))
 HEAD = 'format = 1\nrecipe = "tiny.toml"\n'
 PRODUCT = (
@@ -441,6 +443,14 @@ def write_run(run: RunDir, resolved, state="finished", values=(), weights="raw",
         result = {"skipped": value} if isinstance(value, str) else {"value": value}
         line = {"metric": "latent_probes", "name": "mn"[i], **result, "protocol": {"k": 5}, "by": "run"}
         run.append("metrics", {**line, "checkpoint": "step_00000012", "weights": weights, **more})
+
+
+def test_a_grid_over_what_every_stage_sets_is_refused(siv, tmp_path):
+    (tmp_path / "tiny.toml").write_text(SMALL + STAGED)
+    (tmp_path / "grid.toml").write_text(HEAD + '[grid]\n"optim.lr" = [1e-3, 1e-2]\n')
+    refused = siv("sweep", "grid.toml", "--dry-run")
+    assert refused.returncode == 2, refused.stdout
+    assert "are one and the same: optim.lr changes nothing, as where each of the stages has its own" in refused.stderr
 
 
 @pytest.mark.parametrize("cpu_only", [False, True])
