@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from pathlib import Path
 
 import crash
 import pytest
@@ -12,9 +14,11 @@ from test_resume import contents
 
 from siv_core.errors import PluginError
 from siv_core.protocols import Rows, Spec
+from siv_core.recipe import build
 from siv_core.recipe.convert import Length
 from siv_core.recipe.options import Optim
-from siv_core.recipe.recipe import Choice, StagePlan
+from siv_core.recipe.recipe import Choice, StagePlan, parse
+from siv_core.runs import session
 from siv_core.store import checkpoint
 from siv_core.train import stage
 from siv_core.train.players import Player
@@ -282,6 +286,42 @@ def test_flips_are_for_images(tmp_path, siv):
     done = siv("check", "r.toml")
     assert done.returncode == 2
     assert "train.horizontal_flips: data 'toy2d' is no image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "then", "told"),
+    [
+        ({}, {}, True),  # 1/64 of an 8 × 8 digit, then intro_vae's 1
+        ({"scale": 1.0}, {}, False),
+        ({"scale": 0.5}, {}, False),
+        ({}, {"reset_optimisers": True}, False),
+        ({}, {"objective": {"name": "intro_vae", "scale": 0.0}}, False),
+    ],
+)
+def test_stages_of_another_scale_are_told(catalogue, warm_up, then, told):
+    stages = [{"length": "1 steps", "objective": {"name": "vae", **warm_up}}, {"length": "1 steps", **then}]
+    recipe = toys.tree(objective={"name": "intro_vae"}, stages=stages, train={"batch": 2})
+    read = parse(recipe, Path("r.toml"), b"", catalogue, (), (), False)
+    notes = session.told_of(build.build(read, catalogue, build.dataset(read, catalogue)))
+    line = "stages[1]: its losses are multiplied by 1, those before it by 0.01562, whose running averages Adam keeps"
+    assert [note.partition(": give")[0] for note in notes] == [line] * told
+
+
+@pytest.mark.parametrize(("scale", "moves"), [(0.1, {30: 0.14, 1000: 0.16, 4600: 0.71}), (10.0, {12: 5.2, 1000: 1.25})])
+def test_what_another_scale_does_to_adam(scale, moves):
+    """What `fits.scales` says, in units of the learning rate: (c + (1 − c) β₁ⁿ) / √(c² + (1 − c²) β₂ⁿ) after a change by c."""
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimiser, moved = torch.optim.Adam([weight], lr=1.0), []
+    for n in range(15_000 + 4_600):
+        weight.grad = torch.full_like(weight, 1.0 if n < 15_000 else scale)
+        before = weight.item()
+        optimiser.step()
+        moved.append(before - weight.item())
+    assert moved[14_999] == pytest.approx(1.0, rel=1e-6)
+    for n, move in moves.items():
+        exact = (scale + (1 - scale) * 0.9**n) / math.sqrt(scale**2 + (1 - scale**2) * 0.999**n)
+        assert moved[15_000 + n - 1] == pytest.approx(exact, rel=1e-5)
+        assert exact == pytest.approx(move, rel=0.05)
 
 
 # -- averages --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,23 @@ def prior_stages(built: Built) -> None:
             problems += [f"{place}.{key}: {told}" for key in getattr(prior, "regularisers", ())]
     if problems:
         raise UserError(problems)
+
+
+def scales(built: Built) -> list[str]:
+    """Notes on stages whose losses are multiplied by ten times more or less than those before them, which Adam feels by its
+    running squares alone: after a growth its steps are some times too long for a while, after a fall by c they are c times too
+    short until β₂ⁿ is 1/c², which is 4,600 steps for c = 10 and β₂ = 0.999."""
+    notes, plans = list[str](), built.recipe.stages
+    found = [built.objective(plan).coeffs.get("scale") for plan in plans]
+    for i, (before, scale) in enumerate(itertools.pairwise(found), start=1):
+        if not isinstance(before, float) or not isinstance(scale, float) or plans[i].reset_optimisers:
+            continue
+        if max(before, scale) >= 10 * min(before, scale) > 0:
+            notes.append(
+                f"stages[{i}]: its losses are multiplied by {scale:.4g}, those before it by {before:.4g}, whose running"
+                " averages Adam keeps: give both objectives one scale, or set reset_optimisers"
+            )
+    return notes
 
 
 def starts(built: Built) -> list[str]:

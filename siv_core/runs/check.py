@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from siv_core.errors import UserError
 from siv_core.nets import Priors, make_nets, set_stage, sources, tree_map
 from siv_core.protocols import Batch, Progress, Stage
-from siv_core.recipe import build, forward
+from siv_core.recipe import build, fits, forward
 from siv_core.recipe.build import Built
 from siv_core.recipe.catalogue import Catalogue
 from siv_core.recipe.recipe import Recipe
@@ -39,7 +39,7 @@ def check(recipe: Recipe, catalogue: Catalogue) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     spec = built.spec
-    report["notes"] = session.told_of(built) if lacking is None else []
+    report["notes"] = session.told_of(built) if lacking is None else fits.scales(built)
     report["data"].update(shape=list(spec.shape), value_range=list(spec.value_range), factors=dict(spec.factors))
     report["groups"] = built.networks.groups
     report["parameters"] = parameters(built)

@@ -260,10 +260,10 @@ def finish(trainer: Trainer, watcher: Watcher) -> None:
 
 
 def told_of(built: Built) -> list[str]:
-    """What a person should know of how the data are read and shown."""
+    """What a person should know of how the data are read and shown, and of stages that follow each other badly."""
     notes: list[str] = getattr(built.dataset, "notes", list)()
     shown = pictures.shown_as(built.spec.shape[0]) if built.spec.kind == "image" else ""
-    return [*notes, *([shown] if shown else [])]
+    return [*notes, *([shown] if shown else []), *fits.scales(built)]
 
 
 # -- small things ----------------------------------------------------------------------------------------------------------------
