@@ -653,10 +653,16 @@ def test_a_point_of_fewer_seeds_and_a_level_without_values_say_so(swept):
     made, _, root = swept
     lost = ("b_beta_neg=3.0_seed=1", "b_beta_neg=3.0_seed=2")
     found = [outcome(trial, root, None if trial.label == "a" or trial.name in lost else 1.0) for trial in made.trials]
-    written = words_of(sweep_pictures.line(made.pictures[0], found))
+    figure = sweep_pictures.line(made.pictures[0], found)
+    written = words_of(figure)
     assert "1 of 3" in written
     assert not [text for text in written if text.endswith(" of 3") and text != "1 of 3"]
     assert "a (no value yet)" in written
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        notes = [one.get_window_extent() for one in axes.texts]
+        assert notes
+        assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in notes)
 
 
 def test_pictures_are_drawn_or_told(swept):

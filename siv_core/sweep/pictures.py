@@ -72,7 +72,9 @@ def line(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
             for x, one in averages.items():
                 if one["n"] < planned[label, str(x)]:  # the mean of those that did not diverge must not pass for one of all
                     words = f"{one['n']} of {planned[label, str(x)]}"
-                    axes.annotate(words, (x, one["mean"]), (3, 4), textcoords="offset points", fontsize=7)
+                    side = "right" if x == list(averages)[-1] and len(averages) > 1 else "left"  # within the axes
+                    offset = (-3 if side == "right" else 3, 4)
+                    axes.annotate(words, (x, one["mean"]), offset, textcoords="offset points", fontsize=7, ha=side)
         for i, (label, values) in enumerate(levels.items()):
             if values.get(metric):
                 (mean,), (sd,) = _columns([average(values[metric])])
