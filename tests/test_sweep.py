@@ -175,7 +175,7 @@ def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
         "variants": 15,
         "introvae": 20,
         "introvae_search": 2 * 4 + 3 * 4 + 3 + 3,
-        "schedule": 6,
+        "schedule": 6 + 3 * 2,
         "mnist": 12,
         "table7": 24,
         "learned_priors_2d": 4 * 5 * 2,
