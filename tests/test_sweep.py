@@ -174,7 +174,7 @@ def test_shipped_sweeps_are_read_and_their_trials_are_recipes(path, catalogue):
         "collapse": 2,
         "variants": 15,
         "introvae": 20,
-        "introvae_search": 2 * 4 + 3 * 4 + 3 + 3,
+        "introvae_search": 2 * 4 + 3 * 4 + 3 + 3 + 1,
         "schedule": 6 + 3 * 2,
         "mnist": 12,
         "table7": 24,
@@ -690,6 +690,13 @@ def test_pictures_are_drawn_or_told(swept):
         some = [evolve(one, state=state, values={}) if one.trial.label == "a" else one for one in found]
         assert set(dict(sweep_pictures.draw(made, some, root)).values()) == {""}
         assert pixels(root / "side_by_side.png").shape == whole
+    [side_by_side] = [one for one in made.pictures if one.name == "side_by_side"]
+    column = evolve(side_by_side, columns=1)  # a row of trials none of which has been run is left out, and that is told
+    for state, left_out in (("missing", "left out: 1 that have not been run"), ("diverged", "")):
+        some = [evolve(one, state=state, values={}) if one.trial.label == "a" else one for one in found]
+        figure = sweep_pictures.samples(column, some)
+        assert len(figure.axes) == len(sweep_pictures.samples(column, found).axes) - bool(left_out)
+        assert figure.get_supxlabel() == left_out
     (found[0].run.images / "samples.png").unlink()
     assert "samples.png: is not there" in dict(sweep_pictures.draw(made, found, root))[root / "side_by_side.png"]
 

@@ -141,7 +141,8 @@ def _columns(averages: Any) -> tuple[list[float], list[float]]:
 
 
 def samples(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
-    """The trials' pictures in their order, of several seeds the first that is finished; a trial without one keeps its place."""
+    """The trials' pictures in their order, of several seeds the first that is finished; a trial without one keeps its place in
+    its row, and a row of trials that have not been run is left out."""
     from PIL import Image
 
     places: dict[str, Outcome] = {}
@@ -158,16 +159,21 @@ def samples(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
         raise UserError(f"{lacking[0]}: is not there{f', nor are {len(lacking) - 1} others' if lacking[1:] else ''}")
 
     columns, rows = min(options.columns or len(shown_ones), len(shown_ones)), len(options.images)
+    lines = [shown_ones[first : first + columns] for first in range(0, len(shown_ones), columns)]
+    run = [line for line in lines if any(one.state != "missing" for one in line)]
     pictures = {(one.trial.name, name): np.asarray(Image.open(one.run.images / name).convert("RGB"))
                 for one in finished for name in options.images}  # fmt: skip
     shapes = [pictures[finished[0].trial.name, name].shape for name in options.images]
     heights = [CELL * shape[0] / shape[1] + (0.3 if r == 0 else 0.1) for r, shape in enumerate(shapes)]
-    figure, panels = _figure(columns, CELL, heights * -(-len(shown_ones) // columns))
+    figure, panels = _figure(columns, CELL, heights * len(run))
     for axes in panels.flat:
         axes.set_axis_off()
-    for place, one in enumerate(shown_ones):
+    if len(run) < len(lines):
+        left_out = len(shown_ones) - sum(map(len, run))
+        figure.supxlabel(f"left out: {left_out} that have not been run", fontsize=9, color="grey")
+    for (place, column), one in [((i, k), one) for i, line in enumerate(run) for k, one in enumerate(line)]:
         for r, name in enumerate(options.images):
-            axes = panels[place // columns * rows + r, place % columns]
+            axes = panels[place * rows + r, column]
             if one.state == "finished":
                 axes.imshow(pictures[one.trial.name, name], interpolation="lanczos")
             else:
