@@ -159,8 +159,8 @@ def samples(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
         raise UserError(f"{lacking[0]}: is not there{f', nor are {len(lacking) - 1} others' if lacking[1:] else ''}")
 
     columns, rows = min(options.columns or len(shown_ones), len(shown_ones)), len(options.images)
-    lines = [shown_ones[first : first + columns] for first in range(0, len(shown_ones), columns)]
-    run = [line for line in lines if any(one.state != "missing" for one in line)]
+    grid = [shown_ones[first : first + columns] for first in range(0, len(shown_ones), columns)]
+    run = [row for row in grid if any(one.state != "missing" for one in row)]
     pictures = {(one.trial.name, name): np.asarray(Image.open(one.run.images / name).convert("RGB"))
                 for one in finished for name in options.images}  # fmt: skip
     shapes = [pictures[finished[0].trial.name, name].shape for name in options.images]
@@ -168,10 +168,10 @@ def samples(options: PictureOptions, found: Sequence[Outcome]) -> Figure:
     figure, panels = _figure(columns, CELL, heights * len(run))
     for axes in panels.flat:
         axes.set_axis_off()
-    if len(run) < len(lines):
+    if len(run) < len(grid):
         left_out = len(shown_ones) - sum(map(len, run))
         figure.supxlabel(f"left out: {left_out} that have not been run", fontsize=9, color="grey")
-    for (place, column), one in [((i, k), one) for i, line in enumerate(run) for k, one in enumerate(line)]:
+    for (place, column), one in [((i, k), one) for i, row in enumerate(run) for k, one in enumerate(row)]:
         for r, name in enumerate(options.images):
             axes = panels[place * rows + r, column]
             if one.state == "finished":
